@@ -1,0 +1,974 @@
+"""lrpi: latent reasoning is policy improvement, in one file.
+
+THE QUESTION.  A very small network that loops over its own latent state solves puzzles at which large
+one-pass networks fail. "It loops, so it is deep" is half an answer: many loop steps do nothing. Which work?
+
+THE IDEA, after "Your Latent Reasoning is Secretly Policy Improvement Operator" (arXiv 2511.16886):
+  1. The model keeps an answer y and a scratchpad z, and refines both step by step, looking at the puzzle x.
+  2. A readout turns y into a distribution over tokens for every cell. Read before a step, it is the reference
+     policy pi_u; read after it, the conditional policy pi_c. The step moved the logits by delta = l_c - l_u.
+  3. To go further along delta, l_w = l_u + w delta, is classifier-free guidance; w = 1 is the step as taken.
+  4. By Bayes' rule, log pi_c - log pi_u acts as an advantage: large for tokens that the step speaks for. So a
+     latent step is a step of policy improvement and can be tested as one: it helps exactly where the true
+     token's delta beats the average delta. The difference is the *advantage margin*: at 0 the step is dead
+     compute, below 0 it harms.
+  5. Then every step deserves a target of its own, closer to the solution than the last: Deep Improvement
+     Supervision (DIS). It takes 18 forward passes where the Tiny Recursive Model (TRM, arXiv 2510.04871)
+     takes 336.
+
+THE LETTERS
+  x, y, z    the puzzle, the current answer, the scratchpad, embedded: [B, L, D]
+  y*, y†_s   the solution, and the target of step s: `y_star`, `y_dagger`, tokens [B, L]
+  net        the shared network; applying it once to one batch is a "forward pass"
+  cycle      n times z <- net(x + y + z), then once y <- net(y + z)
+  step s     T cycles, of which the last carries gradient; a rollout is N_sup steps: N_sup T (n + 1) passes
+  w, delta   the guidance weight, and the residual that it multiplies
+  B L D V S  batch, cells, width, vocabulary, steps: the letters of all shape comments
+
+THE COMMANDS
+  python lrpi.py --task maze                    train, evaluate, draw; all of it lands in runs/maze-dis/
+  python lrpi.py --scheme trm                   the same with TRM's recursion, targets and halting
+  python lrpi.py --eval runs/maze-dis/model.pt  evaluate a checkpoint again
+  python lrpi.py --help                         every option, its meaning and its range
+
+WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
+  - The default token mixer is a local convolution: on a CPU it learns mazes in a minute,
+    attention in many. TRM's own mixers are here as --mixer attention and --mixer mlp.
+  - `reveal` follows a concave schedule, (s / N_sup)^0.3. Which cells get revealed cannot be predicted, so
+    below one half the best guess at a reveal is the bare puzzle: a linear schedule wastes half of its steps.
+  - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
+  - The matrices inside the blocks are trained by Muon, all else by AdamW; the loss is softmax cross-entropy.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+# ------------------------------------------------------------------------------------------------------------
+# §1  Configuration: every number that a run depends on, and the training schemes as data
+
+
+class UserError(ValueError):
+    """Something given cannot be used. The message is one line: what, its value, and what is allowed."""
+
+
+def option(default, help, low=None, high=None, odd=False, choices=None):
+    """A field of `Config`: its help line, and the values it may take (`low` and `high` included)."""
+    allowed = {"low": low, "high": high, "odd": odd, "choices": choices}
+    return field(default=default, metadata={"help": help, **allowed})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What defines a run. The defaults are those of scheme `dis`; `configure` gives those of any scheme.
+
+    Raises `UserError` for any value out of range, so that no run can start with one.
+    """
+
+    task: str = option("maze", "what to solve", choices=lambda: TASKS)
+    scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
+    size: int = option(11, "side of the maze in cells, a room on every second one", 5, 61, odd=True)
+    seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
+    device: str = option("auto", "auto: the first there is", choices=lambda: ("auto", *DEVICES))
+    out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
+    figures: bool = option(True, "draw the figures, which needs matplotlib")
+
+    T: int = option(1, "cycles in a step; only the last one carries gradient", 1, 100)
+    n: int = option(2, "updates of z in a cycle, before the one of y", 1, 100)
+    n_sup: int = option(6, "steps in a rollout, each with a target", 1, 1000)
+    target: str = option("reveal", "what the target of each step is", choices=lambda: TARGETS)
+    reveal_power: float = option(0.3, "step s reveals the share (s / n-sup)^power of y*", 0.01, 10.0)
+    halt: bool = option(False, "learn when to stop (ACT): solved puzzles leave the training batch")
+
+    mixer: str = option("conv", "how cells exchange information", choices=lambda: MIXERS)
+    width: int = option(48, "D, the numbers held per cell", 4, 8192)
+    layers: int = option(1, "blocks in the shared net", 1, 100)
+    ffn: int = option(128, "inner width of SwiGLU; 0: as in TRM, 8 D / 3 rounded up to 256s", 0, 65536)
+    kernel: int = option(5, "side of the conv mixer's window", 1, 31, odd=True)
+    heads: int = option(4, "heads of the attention mixer; width / heads must be even", 1, 256)
+    recall: bool = option(True, "let the y update see x too")
+    step_index: bool = option(True, "tell the model which step it is at")
+
+    train_size: int = option(40000, "puzzles to train on", 1, 10**8)
+    test_size: int = option(1000, "held-out puzzles for the final evaluation", 1, 10**7)
+    steps: int = option(5000, "training steps: each a latent step and a weight update", 1, 10**9)
+    batch_size: int = option(16, "puzzles in a training batch", 1, 10**6)
+    lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
+    muon_lr: float = option(0.02, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
+    weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
+    warmup: int = option(100, "steps until the learning rates peak; a cosine then takes them to 0", 0, 10**9)
+    ema: float = option(0.0, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, m = getattr(self, f.name), f.metadata
+            good = type(value) in ((int, float) if f.type is float else (f.type,))
+            good = good and (not m["choices"] or value in m["choices"]())
+            good = good and (m["low"] is None or m["low"] <= value < math.inf)
+            good = good and (m["high"] is None or value <= m["high"]) and not (m["odd"] and value % 2 == 0)
+            if not good:
+                raise UserError(f"{flag(f.name)} {value}: must be {allowed(f)}")
+        if self.mixer == "attention" and self.width % (2 * self.heads):
+            raise UserError(f"--heads {self.heads}: twice that must divide --width, {self.width}")
+
+
+def allowed(f) -> str:
+    """In words, the values that the field `f` of `Config` accepts."""
+    m = f.metadata
+    if m["choices"]:
+        return "one of " + ", ".join(m["choices"]())
+    kind = {bool: "on or off", str: "text", int: "a whole number", float: "a number"}[f.type]
+    bounds = [f"{word} {m[end]}" for word, end in (("from", "low"), ("to", "high")) if m[end] is not None]
+    return " ".join(["an odd number" if m["odd"] else kind, *bounds])
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field of `Config`: n_sup -> --n-sup."""
+    return "--" + name.replace("_", "-")
+
+
+def configure(**given) -> Config:
+    """The configuration of the scheme `given["scheme"]` (default `dis`), with all `given` fields on top."""
+    return Config(**{**SCHEMES.get(given.get("scheme", Config.scheme), {}), **given})
+
+
+TRM = {"target": "final", "recall": False, "step_index": False, "halt": True, "ema": 0.999, "steps": 16000}
+SCHEMES = {  # what each changes of Config's defaults                  forward passes: n_sup T (n + 1)
+    "dis": {},  #                                                                       6 * 1 * 3 = 18
+    "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
+    "trm-medium": {**TRM, "T": 1, "n": 2, "n_sup": 16},  #                             16 * 1 * 3 = 48
+}
+DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+
+# ------------------------------------------------------------------------------------------------------------
+# §2  The maze task: generate, solve and check, whole batches at once
+
+WALL, OPEN, START, GOAL, PATH = range(5)  # x is made of the first four tokens, y* of all five
+SPLITS = {"test": (0,), "valid": (1,), "train": (2, 3)}  # fingerprint of the walls, modulo 4
+
+
+@dataclass
+class Puzzles:
+    """N puzzles, their solutions, and a solver's way there: what tasks hand to training and evaluation.
+
+    The solver works in rounds: it begins with `draft`, and each round fixes some cells for good, up to y.
+    """
+
+    x: torch.Tensor  # [N, L] uint8, the question
+    y: torch.Tensor  # [N, L] uint8, the solution y*
+    draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
+    order: torch.Tensor  # [N, L] int16, the round that gave a cell its final value; 0: it had it already
+
+    def stage(self, r: int) -> torch.Tensor:
+        """The solver's answer after r rounds [N, L]: `draft` for r = 0, y from r = order.max() on."""
+        return torch.where(self.order <= r, self.y, self.draft)
+
+    def to(self, device) -> "Puzzles":
+        return Puzzles(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def __getitem__(self, rows) -> "Puzzles":
+        return Puzzles(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform spanning trees of the side x side grid: each room's parent [count, N], the root's is itself.
+
+    Wilson's algorithm in its cycle-popping form (Propp & Wilson 1998), on all trees at once. Every room
+    points at a random neighbour. Where pointers form a cycle, its rooms draw again. When no cycle is left,
+    the pointers are a tree; every tree is equally likely, in whatever order the cycles were popped.
+    """
+    N = side * side
+    room = torch.arange(N)
+    row, col = room // side, room % side
+    exists = torch.stack([row > 0, row < side - 1, col > 0, col < side - 1], 1)  # [N, 4]
+    degree, existing_first = exists.sum(1), (~exists).int().argsort(dim=1, stable=True)
+    neighbour = (room[:, None] + torch.tensor([-side, side, -1, 1])).gather(1, existing_first)  # [N, 4]
+
+    def draw(room):
+        return neighbour[room, (torch.rand(room.shape, generator=generator) * degree[room]).long()]
+
+    root = N // 2
+    parent = draw(room.expand(count, N))  # [count, N]
+    parent[:, root] = root
+    live = torch.arange(count)  # the trees that may still have cycles
+    while len(live):
+        reached = parent[live]  # pointer doubling: N moves or more end in a cycle or at the root
+        for _ in range(math.ceil(math.log2(N))):
+            reached = reached.gather(1, reached)
+        on_cycle = torch.zeros(len(live), N, dtype=torch.bool).scatter_(1, reached, True)
+        on_cycle[:, root] = False
+        tree, again = on_cycle.nonzero(as_tuple=True)
+        parent[live[tree], again] = draw(again)
+        live = live[on_cycle.any(1)]
+    return parent
+
+
+def carve(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random perfect mazes [count, size * size] uint8: rooms on every second cell, joined by a spanning tree.
+
+    Every tree is equally likely, and so is every pair of start and goal among the rooms. In a tree,
+    exactly one path leads from the one to the other.
+    """
+    side = size // 2 + 1
+    parent, room = spanning_trees(count, side, generator), torch.arange(side * side)
+    cell = 2 * (room // side) * size + 2 * (room % side)  # [N]: where each room lies in the flattened maze
+    x = torch.full((count, size * size), WALL, dtype=torch.uint8)
+    x[:, cell] = OPEN
+    x.scatter_(1, (cell + cell[parent]) // 2, OPEN)  # the cell midway between a room and its parent
+    ends = torch.rand(count, side * side, generator=generator).topk(2).indices  # [count, 2]
+    return x.scatter_(1, cell[ends], torch.tensor([START, GOAL], dtype=torch.uint8).expand(count, 2))
+
+
+def grid(cells: torch.Tensor) -> torch.Tensor:
+    """[N, L] -> [N, H, W] for square puzzles."""
+    return cells.unflatten(1, (math.isqrt(cells.shape[1]), -1))
+
+
+def neighbours(mask: torch.Tensor) -> torch.Tensor:
+    """How many of each cell's four neighbours are set: [N, H, W] bool -> [N, H, W] uint8."""
+    m = F.pad(mask.to(torch.uint8), (1, 1, 1, 1))
+    return m[:, :-2, 1:-1] + m[:, 2:, 1:-1] + m[:, 1:-1, :-2] + m[:, 1:-1, 2:]
+
+
+def solve_mazes(x: torch.Tensor) -> Puzzles:
+    """Solve perfect mazes x [N, L] by dead-end filling: each round fills all dead ends; the path remains.
+
+    The draft marks every open cell as path; the order of a cell is the round that filled it.
+    """
+    maze = grid(x)  # [N, H, W]
+    ends, left = maze >= START, maze != WALL
+    order, r = torch.zeros_like(maze, dtype=torch.int16), 0
+    while (dead := left & ~ends & (neighbours(left) <= 1)).any():
+        r += 1
+        order[dead] = r
+        left &= ~dead
+    y, draft = (torch.where(marked & ~ends, PATH, maze).to(torch.uint8) for marked in (left, maze == OPEN))
+    return Puzzles(x, y.flatten(1), draft.flatten(1), order.flatten(1))
+
+
+def fingerprint(x: torch.Tensor) -> torch.Tensor:
+    """A number [N] int64 for the walls of square mazes x [N, L], the same for all 8 views of a maze."""
+    size = math.isqrt(x.shape[1])
+    table = torch.randint(-(2**63), 2**63 - 1, (size, size), generator=torch.Generator().manual_seed(0))
+    views = [t.rot90(k).flatten() for t in (table, table.T) for k in range(4)]
+    return ((x == WALL).long() @ torch.stack(views, 1)).amin(1)  # a random sum over the walls, from 8 sides
+
+
+def make_mazes(count: int, size: int = 11, split: str = "train", seed: int = 0) -> Puzzles:
+    """`count` mazes of side `size`, solved, out of that part of all mazes which belongs to `split`.
+
+    The fingerprint of its walls alone decides a maze's split, and symmetric mazes share it. So no layout of
+    one split occurs in another, turned or mirrored, whatever the seeds and counts. Draws are independent.
+    """
+    generator, found, chunk = torch.Generator().manual_seed(seed), [], 32
+    while sum(map(len, found)) < count:
+        chunk = min(2 * chunk, 2**21 // size**2)
+        x = carve(chunk, size, generator)
+        found.append(x[torch.isin(fingerprint(x) % 4, torch.tensor(SPLITS[split]))])
+    return solve_mazes(torch.cat(found)[:count])
+
+
+def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Which answers [B, L] solve their mazes x [B, L] (tokens): [B] bool. No label is consulted.
+
+    Solved: walls, start and goal stand where they stood; the marked cells are one path from start to goal.
+    """
+    asked, said = grid(x), grid(answer)
+    kept = torch.where(asked == OPEN, (said == OPEN) | (said == PATH), said == asked)
+    on = (said == PATH) | (said == START) | (said == GOAL)
+    line = ~on | (neighbours(on) == torch.where(said == PATH, 2, 1))  # marked neighbours: 1 at ends, else 2
+    reached = said == START  # a path with a closed loop beside it passes, too: so flood from the start
+    while (more := on & ~reached & (neighbours(reached) > 0)).any():
+        reached |= more
+    return (kept & line & (reached == on)).all((1, 2))
+
+
+class Task(NamedTuple):
+    """What training, evaluation and drawing need to know of a kind of puzzle."""
+
+    make: Callable  # (count, size, split, seed) -> Puzzles
+    solved: Callable  # (x [B, L], answer [B, L]) -> [B] bool
+    legend: dict  # token names and their colours, in the order of the V tokens
+
+
+MAZE_LEGEND = {"wall": "#30343f", "open": "#f4f1ea", "start": "#009e73", "goal": "#d55e00", "path": "#56b4e9"}
+TASKS = {"maze": Task(make_mazes, maze_solved, MAZE_LEGEND)}
+
+# ------------------------------------------------------------------------------------------------------------
+# §3  The looped model (paper section 2; TRM, arXiv 2510.04871): one small net, applied over and over
+
+
+def rms_norm(h: torch.Tensor, axis: int = -1) -> torch.Tensor:
+    """Scale h to mean square 1 along `axis`; no learned gain."""
+    return h * torch.rsqrt(h.square().mean(axis, keepdim=True) + 1e-5)
+
+
+def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
+    """Fill with a normal of std 1 / sqrt(fan_in) whose tails are cut; 0.8796 makes up for the cut."""
+    std = fan_in**-0.5 / 0.87962566
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def linear(d_in: int, d_out: int) -> nn.Linear:
+    layer = nn.Linear(d_in, d_out, bias=False)
+    lecun_(layer.weight, d_in)
+    return layer
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(h)) * up(h)) along the last axis, of width d."""
+
+    def __init__(self, d: int, inner: int = 0):
+        super().__init__()
+        inner = inner or 256 * math.ceil(round(4 * d * 2 / 3) / 256)
+        self.gate_up, self.down = linear(d, 2 * inner), linear(inner, d)
+
+    def forward(self, h):
+        gate, up = self.gate_up(h).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Conv(nn.Module):
+    """Depthwise convolution: each channel mixes a kernel x kernel window of the grid.
+
+    Information moves (kernel - 1) / 2 cells in a pass: a light cone that bounds what few passes can solve.
+    """
+
+    axis = -1  # along which the norm after this mixer runs
+
+    def __init__(self, cfg: Config, shape: tuple[int, int]):
+        super().__init__()
+        self.shape = shape
+        self.conv = nn.Conv2d(cfg.width, cfg.width, cfg.kernel, padding="same", groups=cfg.width, bias=False)
+        lecun_(self.conv.weight, cfg.kernel**2)
+
+    def forward(self, h):  # [B, L, D]
+        h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W], a view that channels_last fits
+        return self.conv(h).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over all cells, rotary positions along the flattened grid (TRM's default)."""
+
+    axis = -1
+
+    def __init__(self, cfg: Config, shape: tuple[int, int]):
+        super().__init__()
+        self.heads, d = cfg.heads, cfg.width // cfg.heads
+        self.qkv, self.out = linear(cfg.width, 3 * cfg.width), linear(cfg.width, cfg.width)
+        angle = torch.arange(math.prod(shape))[:, None] / 10_000.0 ** (
+            torch.arange(0, d, 2) / d
+        )  # [L, d / 2]
+        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # [L, d]
+        self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
+
+    def rotate(self, q):  # [B, H, L, d]; channels i and i + d / 2 turn as a pair
+        a, b = q.chunk(2, dim=-1)
+        return q * self.cos + torch.cat([-b, a], dim=-1) * self.sin
+
+    def forward(self, h):  # [B, L, D]
+        q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
+        h = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
+        return self.out(h.transpose(1, 2).flatten(2))  # [B, L, D]
+
+
+class PositionMLP(nn.Module):
+    """A SwiGLU across the cells, the same for all channels: for one fixed length (TRM's for sudoku)."""
+
+    axis = -2  # as in TRM's code: the norm after this mixer runs along the cells as well
+
+    def __init__(self, cfg: Config, shape: tuple[int, int]):
+        super().__init__()
+        self.swiglu = SwiGLU(math.prod(shape))
+
+    def forward(self, h):  # [B, L, D]
+        return self.swiglu(h.mT).mT
+
+
+MIXERS = {"conv": Conv, "attention": Attention, "mlp": PositionMLP}
+
+
+class Block(nn.Module):
+    """Mix the cells, then the channels of each cell; norms come after the residual sums (post-norm)."""
+
+    def __init__(self, cfg: Config, shape: tuple[int, int]):
+        super().__init__()
+        self.mix, self.swiglu = MIXERS[cfg.mixer](cfg, shape), SwiGLU(cfg.width, cfg.ffn)
+
+    def forward(self, h):  # [B, L, D]
+        h = rms_norm(h + self.mix(h), self.mix.axis)
+        return rms_norm(h + self.swiglu(h))
+
+
+class LoopedModel(nn.Module):
+    """TRM's recursion: the same `net` refines the scratchpad z and the answer y, and only y is ever read out.
+
+    `forward_passes` counts how often `net` was applied.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, self.forward_passes, D, V = cfg, 0, cfg.width, len(TASKS[cfg.task].legend)
+        self.blocks = nn.Sequential(*(Block(cfg, (cfg.size, cfg.size)) for _ in range(cfg.layers)))
+        self.tokens = nn.Embedding(V, D)
+        lecun_(self.tokens.weight, D)
+        self.readout = linear(D, V)  # f_O
+        if cfg.step_index:
+            self.step_table = nn.Parameter(torch.zeros(cfg.n_sup, D))
+        if cfg.recall:
+            self.role = nn.Parameter(torch.zeros(D))  # tells net which update this is, now that both see x
+        if cfg.halt:
+            self.halting = nn.Linear(D, 1)
+            nn.init.zeros_(self.halting.weight)
+            nn.init.constant_(self.halting.bias, -5.0)  # "not solved yet", until training knows better
+        self.register_buffer("y0", lecun_(torch.empty(D), 1))  # never trained, and the same for every cell
+        self.register_buffer("z0", lecun_(torch.empty(D), 1))
+
+    def start(self, B: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before the first step: y0 and z0 in every cell, each [B, L, D]."""
+        return self.y0.expand(B, self.cfg.size**2, -1), self.z0.expand(B, self.cfg.size**2, -1)
+
+    def net(self, h: torch.Tensor) -> torch.Tensor:
+        self.forward_passes += 1
+        return self.blocks(h)
+
+    def cycle(self, x, y, z):
+        for _ in range(self.cfg.n):
+            z = self.net(x + y + z)
+        y = self.net(x + self.role + y + z if self.cfg.recall else y + z)
+        return y, z
+
+    def forward(self, x, y, z, s) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step s [B], counted from 1, on the puzzles x [B, L] (tokens): the new y and z [B, L, D]."""
+        x = math.sqrt(self.cfg.width) * self.tokens(x.int())  # [B, L, D]
+        if self.cfg.step_index:
+            x = x + self.step_table[s.clamp(max=self.cfg.n_sup) - 1][:, None]  # [B, 1, D]
+        with torch.no_grad():
+            for _ in range(self.cfg.T - 1):
+                y, z = self.cycle(x, y, z)
+        return self.cycle(x, y, z)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# §4  Policy improvement (paper sections 3 and 4): what a step did, from the logits before and after it
+
+
+def guide(logits_u: torch.Tensor, logits_c: torch.Tensor, w: float) -> torch.Tensor:
+    """l_w = l_u + w (l_c - l_u) [.., V] (Eq. 5); its policy is pi_w ∝ pi_u^(1-w) pi_c^w (Eq. 7)."""
+    return logits_u + w * (logits_c - logits_u)
+
+
+def advantage(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
+    """A(a) = log pi_c(a) - log pi_u(a) [.., V]: how strongly the step speaks for token a, by Bayes' rule."""
+    return logits_c.log_softmax(-1) - logits_u.log_softmax(-1)
+
+
+def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: float = 1.0) -> torch.Tensor:
+    """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the true tokens y [..] (Prop. 4.1).
+
+    It is -dL/dw for L(w) = -log pi_w(y): above 0 the step helps, at 0 it is dead compute, below 0 it harms.
+    """
+    A, pi_w = advantage(logits_u, logits_c), guide(logits_u, logits_c, w).softmax(-1)
+    return A.gather(-1, y[..., None]).squeeze(-1) - (pi_w * A).sum(-1)
+
+
+def divergence(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
+    """KL(pi_c || pi_u) [..] in nats: how far the step moved the policy, for good or ill. Needs no label."""
+    return (logits_c.softmax(-1) * advantage(logits_u, logits_c)).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# §5  Targets (paper section 5): Φ gives every step its own target y†_s, and the last one is y*
+
+
+def final(x, y_star, share, noise):
+    """y†_s = y* at every step, as in TRM."""
+    return y_star
+
+
+def reveal(x, y_star, share, noise):
+    """Shows the puzzle x [B, L] and, in the given share [B] of the cells in which they differ, y* instead.
+
+    Cells come in the order of their `noise` [B, L] in [0, 1). With one noise for a whole rollout, targets are
+    nested: their Hamming distance to y* never grows from step to step, and share 1 is y* exactly.
+    """
+    differs = x != y_star
+    rank = torch.where(differs, noise, 2.0).argsort(1).argsort(1)  # [B, L]: 0, 1, .. along differing cells
+    shown = (share * differs.sum(1)).ceil()  # [B]
+    return torch.where(rank < shown[:, None], y_star, x)
+
+
+TARGETS = {"final": final, "reveal": reveal}
+
+# ------------------------------------------------------------------------------------------------------------
+# §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
+
+
+def make_optimizers(model: LoopedModel, cfg: Config) -> list:
+    """[(optimizer, schedule), ..]: Muon for the matrices inside the blocks, AdamW for all other weights."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
+    adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+
+    def factor(step):
+        return min(1.0, (step + 1) / (cfg.warmup + 1)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
+
+    return [(o, torch.optim.lr_scheduler.LambdaLR(o, factor)) for o in (muon, adam)]
+
+
+def halting(model, y, logits, y_star, s):
+    """TRM's adaptive computation time: the loss of the halting head, and which puzzles [B] it lets go.
+
+    The head reads the first cell of y [B, L, D] and predicts whether the answer is right. One time in ten, a
+    puzzle must stay for a random number of steps all the same, so that the head learns what they can do.
+    """
+    q = model.halting(y[:, 0]).squeeze(-1)  # [B], a logit
+    right = (logits.argmax(-1) == y_star).all(1)
+    stay = torch.randint_like(s, 2, max(3, model.cfg.n_sup + 1)) * (torch.rand_like(q) < 0.1)
+    return 0.5 * F.binary_cross_entropy_with_logits(q, right.float()), (q > 0) & (s >= stay)
+
+
+class Episodes:
+    """The training batch: B puzzles, each at a step of its own; whoever is done makes room for the next."""
+
+    def __init__(self, cfg: Config, data: Puzzles, model: LoopedModel):
+        B, device, self.data, self.model = cfg.batch_size, data.x.device, data, model
+        most = cfg.steps * B // (1 if cfg.halt else cfg.n_sup) + B  # puzzles that training can get to see
+        epochs = [torch.randperm(len(data)) for _ in range(most // len(data) + 1)]
+        self.line, self.seen = torch.cat(epochs).to(device), torch.tensor(0, device=device)
+        self.row = self.s = torch.zeros(B, dtype=torch.long, device=device)  # [B]: which puzzle, which step
+        self.noise = torch.zeros(B, data.x.shape[1], device=device)  # [B, L], for the targets
+        self.y, self.z = model.start(B)  # [B, L, D]
+        self.done = self.s == 0  # [B], all of them, so that the first batch is fresh
+
+    def advance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replace the puzzles that are done and count one step on; returns x and y* [B, L]."""
+        done, model = self.done, self.model
+        self.row = torch.where(done, self.line[self.seen + done.cumsum(0) - 1], self.row)
+        self.noise = torch.where(done[:, None], torch.rand_like(self.noise), self.noise)
+        self.y = torch.where(done[:, None, None], model.y0, self.y)
+        self.z = torch.where(done[:, None, None], model.z0, self.z)
+        self.seen, self.s = self.seen + done.sum(), torch.where(done, 0, self.s) + 1
+        return self.data.x[self.row], self.data.y[self.row]
+
+
+class Watch:
+    """Looks at the losses, about 200 times in a run, as GPUs must be waited for; keeps what worked."""
+
+    def __init__(self, model: nn.Module, steps: int, report: Callable):
+        self.model, self.steps, self.report, self.losses = model, steps, report, []
+        self.good = self.newest = copy.deepcopy(model.state_dict())
+
+    def __call__(self, step: int, loss: torch.Tensor) -> str:
+        """Why training has to stop, "" if all is well. If so, the model gets the last good weights back."""
+        self.losses.append(loss)
+        if step < self.steps and step % max(1, self.steps // 200):
+            return ""
+        values, self.losses = torch.stack(self.losses).tolist(), []
+        bad = [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]
+        if bad:
+            self.model.load_state_dict(self.good)
+            return f"the loss was no longer finite at step {bad[0]}"
+        self.good, self.newest = self.newest, copy.deepcopy(self.model.state_dict())  # newest: not yet proven
+        self.report(step, values, self.model)
+        return ""
+
+
+def train(cfg: Config, data: Puzzles, stop=lambda: False, report=lambda *_: None) -> tuple[LoopedModel, dict]:
+    """Train a fresh model by `cfg` on `data`, where the data is; returns it (averaged, if cfg.ema) and facts.
+
+    `stop()` is asked after every step and ends training when true; `report(step, losses, model)` is called
+    about 200 times. facts["stopped"] is what ended training early: an interrupt, a loss not finite, or "".
+    """
+    torch.manual_seed(cfg.seed)
+    model, began, step, stopped = LoopedModel(cfg).to(data.x.device), time.perf_counter(), 0, ""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
+    kept = average.module if average else model
+    watch, optimizers = Watch(kept, cfg.steps, report), make_optimizers(model, cfg)
+    batch, phi = Episodes(cfg, data, model), TARGETS[cfg.target]
+
+    while step < cfg.steps and not stopped:
+        step += 1
+        x, y_star = batch.advance()  # [B, L] uint8
+        y_dagger = phi(x, y_star, (batch.s / cfg.n_sup) ** cfg.reveal_power, batch.noise)
+
+        y, z = model(x, batch.y, batch.z, batch.s)  # the latent step
+        logits = model.readout(y)  # [B, L, V]
+        loss, done = F.cross_entropy(logits.flatten(0, 1), y_dagger.flatten().long()), batch.s == cfg.n_sup
+        if cfg.halt:
+            halting_loss, let_go = halting(model, y, logits, y_star, batch.s)
+            loss, done = loss + halting_loss, done | let_go
+
+        loss.backward()
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if average:
+            average.update_parameters(model)
+        batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
+        stopped = watch(step, loss.detach()) or ("interrupted" if stop() else "")
+
+    facts = {"steps_done": step, "examples_seen": batch.seen.item(), "stopped": stopped}
+    return kept, {**facts, "train_seconds": round(time.perf_counter() - began, 2)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# §7  Evaluation: one rollout gives the logits around every step; all else is computed from them
+
+METRICS = {  # of every step; averages over puzzles, or over all cells of all puzzles
+    "exact": "puzzles solved",
+    "cells": "cells right",
+    "logp": "log π(y*), nats per cell",
+    "margin": "advantage margin at w = 1",
+    "kl": "KL(π_c ‖ π_u), nats per cell",
+    "margin_positive": "cells with positive margin",
+}
+
+
+@torch.no_grad()
+def rollout(model: LoopedModel, x: torch.Tensor, n_sup: int = 0):
+    """The model thinks about puzzles x [B, L]: yields (logits_u, logits_c) [B, L, V] around each step."""
+    y, z = model.start(len(x))
+    logits_c = model.readout(y)
+    for s in range(1, (n_sup or model.cfg.n_sup) + 1):
+        y, z = model(x, y, z, torch.full((len(x),), s, device=x.device))
+        logits_u, logits_c = logits_c, model.readout(y)
+        yield logits_u, logits_c
+
+
+def measure(task: Task, x, y_star, logits_u, logits_c) -> torch.Tensor:
+    """The METRICS [6, B] of a step: puzzles x and solutions [B, L], logits before and after it [B, L, V]."""
+    answer, y_star = logits_c.argmax(-1), y_star.long()
+    gain = margin(logits_u, logits_c, y_star)  # [B, L]
+    logp = logits_c.log_softmax(-1).gather(-1, y_star[..., None]).squeeze(-1)
+    per_cell = [answer == y_star, logp, gain, divergence(logits_u, logits_c), gain > 0]
+    return torch.stack([task.solved(x, answer).float(), *(m.float().mean(1) for m in per_cell)])
+
+
+def evaluate(model: LoopedModel, puzzles: Puzzles, n_sup: int = 0, batch: int = 100) -> dict:
+    """{metric: [its value after each of S steps]} over the puzzles; "passes": what each took, as counted."""
+    task, total, before = TASKS[model.cfg.task], 0, model.forward_passes
+    for i in (starts := range(0, len(puzzles), batch)):
+        x, y_star = puzzles.x[i : i + batch], puzzles.y[i : i + batch]
+        steps = [measure(task, x, y_star, *logits).sum(1) for logits in rollout(model, x, n_sup)]
+        total = total + torch.stack(steps).cpu().double()  # [S, 6]
+    curves = dict(zip(METRICS, (total / len(puzzles)).T.tolist(), strict=True))
+    return {"passes": (model.forward_passes - before) // len(starts), **curves}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# §8  Figures (matplotlib is imported here and nowhere else)
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files. Raises `UserError` where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError("--figures: matplotlib is not installed; install it, or pass --no-figures") from e
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_improvement(curves: dict, title: str, path: Path) -> None:
+    """All METRICS over the steps, a panel each."""
+    plt = pyplot()
+    fig, axes = plt.subplots(2, 3, figsize=(10, 5.4), layout="constrained", sharex=True)
+    fig.suptitle(title)
+    for ax, (name, label) in zip(axes.flat, METRICS.items(), strict=True):
+        ax.plot(range(1, len(curves[name]) + 1), curves[name], "o-", color="#0072b2", ms=4)
+        ax.set_title(label, fontsize=10)
+        ax.grid(alpha=0.3)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if name == "kl":  # falls by orders of magnitude as the answer settles
+            ax.set_yscale("log")
+        elif name in ("exact", "cells", "margin_positive"):
+            ax.set_ylim(-0.03, 1.03)
+            ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+        else:
+            ax.axhline(0, color="0.5", lw=0.8)
+    for ax in axes[1]:
+        ax.set_xlabel("latent step")
+    with replacing(path) as beside:
+        fig.savefig(beside, dpi=110)
+    plt.close(fig)
+
+
+def solution_frames(model: LoopedModel, puzzle: Puzzles) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(caption, tokens [L], wrong cells [L]) of a puzzle: the question, each step's answer, the solution."""
+    x, y_star, frames = puzzle.x, puzzle.y, []
+    for s, (_, logits) in enumerate(rollout(model, x), 1):
+        answer = logits.argmax(-1)  # [1, L]
+        wrong, solved = answer != y_star, TASKS[model.cfg.task].solved(x, answer).item()
+        frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong[0]))
+    none = torch.zeros_like(frames[0][2])
+    return [("puzzle", x[0], none), *frames, ("solution", y_star[0], none)]
+
+
+def draw_frame(ax, legend: dict, caption: str, tokens, wrong) -> None:
+    """Tokens [L] as coloured cells; a cross marks those that are `wrong` [L]."""
+    from matplotlib.colors import ListedColormap
+
+    cells, (rows, cols) = grid(tokens[None])[0], grid(wrong[None])[0].nonzero(as_tuple=True)
+    ax.imshow(cells.cpu(), cmap=ListedColormap(list(legend.values())), vmin=0, vmax=len(legend) - 1)
+    for colour, width in (("white", 3), ("black", 1.2)):  # black with a white rim: seen on any colour
+        ax.plot(cols.cpu(), rows.cpu(), "x", color=colour, ms=44 / len(cells), mew=width)
+    ax.set(title=caption, xticks=[], yticks=[])
+
+
+def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
+    """solution.png, the frames side by side, and solution.gif, one by one; returns the file names."""
+    plt = pyplot()
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    from matplotlib.patches import Patch
+
+    legend, frames = TASKS[model.cfg.task].legend, solution_frames(model, puzzle)
+    found = next(
+        (f"solved at step {s}" for s, f in enumerate(frames) if f[0].endswith("solved")), "not solved"
+    )
+    cols = 4 if len(frames) <= 8 else 6
+    rows = math.ceil(len(frames) / cols)
+    fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
+    fig.suptitle(f"The held-out {model.cfg.task} with the longest solution: {found}")
+    for ax, frame in zip(axes.flat, frames, strict=False):
+        draw_frame(ax, legend, *frame)
+    for ax in axes.flat[len(frames) :]:
+        ax.axis("off")
+    keys = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend.items()]
+    keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label="wrong"))
+    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
+    with replacing(out / "solution.png") as beside:
+        fig.savefig(beside, dpi=110)
+    plt.close(fig)
+
+    fig, ax = plt.subplots(figsize=(3.2, 3.5), layout="constrained")
+
+    def show(i):
+        ax.clear()
+        draw_frame(ax, legend, *frames[i])
+
+    animation = FuncAnimation(
+        fig, show, [*range(len(frames) - 1), len(frames) - 2]
+    )  # lingers on the last answer
+    with replacing(out / "solution.gif") as beside:
+        animation.save(beside, writer=PillowWriter(fps=1), dpi=90)
+    plt.close(fig)
+    return ["solution.png", "solution.gif"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# §9  Files: written beside their place and renamed when complete; read with suspicion
+
+RUN_OPTIONS = {"device", "out", "figures", "test_size"}  # may differ between training and a later evaluation
+
+
+@contextmanager
+def replacing(path: Path):
+    """A path beside `path` to write to, which becomes `path` only when the block has come to its end."""
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def prepare_folder(out: Path) -> Path:
+    """`out`, made if need be. Raises `UserError` if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror}; must be a folder that can be written to") from e
+
+
+def save_checkpoint(path: Path, model: LoopedModel, facts: dict) -> None:
+    with replacing(path) as beside:
+        torch.save({"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts}, beside)
+
+
+def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
+    """The model and the facts of its training; of its configuration, `given` may change the RUN_OPTIONS only.
+
+    Raises `UserError` if `path` is not a complete checkpoint of this program, or not one of what is `given`.
+    """
+    wanted = "must be a model.pt written by this program"
+    if not os.path.isfile(path):
+        raise UserError(f"--eval {path}: there is no such file; {wanted}")
+    if not zipfile.is_zipfile(path):  # a zip file ends with its directory, so a truncated one is none
+        raise UserError(f"--eval {path}: truncated, or not a checkpoint; {wanted}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        trained, facts = Config(**content["config"]), dict(content["facts"])
+        model = LoopedModel(replace(trained, **{k: v for k, v in given.items() if k in RUN_OPTIONS}))
+        model.load_state_dict(content["model"])
+    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        why = str(e) if isinstance(e, UserError) else type(e).__name__
+        raise UserError(f"--eval {path}: not a checkpoint of this version ({why}); {wanted}") from e
+    for name, value in given.items():
+        if name not in RUN_OPTIONS and value != getattr(trained, name):
+            raise UserError(
+                f"{flag(name)} {value}: --eval {path} allows only {getattr(trained, name)}, as trained"
+            )
+    return model, facts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# §10  Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, instead of the usage of thirty options
+        raise UserError(message.removeprefix("argument "))
+
+
+def parse(argv) -> dict:
+    """The options that were given on the command line: fields of `Config`, and `eval`."""
+    parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--eval", default="", metavar="CHECKPOINT", help="evaluate this model.pt; do not train"
+    )
+    for f in fields(Config):
+
+        def read(text, f=f):
+            try:
+                return f.type(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text}: must be {allowed(f)}") from None
+
+        by_scheme = "".join(
+            f", {name}: {scheme[f.name]}" for name, scheme in SCHEMES.items() if f.name in scheme
+        )
+        help = f"{f.metadata['help']}; {allowed(f)} [{f.default}{by_scheme}]".replace("%", "%%")
+        kind = (
+            {"action": argparse.BooleanOptionalAction}
+            if f.type is bool
+            else {"type": read, "metavar": "VALUE"}
+        )
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; the first that is there for "auto". Raises `UserError` if it is not there."""
+    there = [device for device, available in DEVICES.items() if available()]
+    if name not in ("auto", *there):
+        raise UserError(f"--device {name}: this machine has none; must be one of auto, {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+class Progress:
+    """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
+
+    def __init__(self, steps: int, held_out: Puzzles):
+        self.steps, self.held_out, self.exact, self.tenth = steps, held_out, float("nan"), 0
+        self.began, self.live = time.perf_counter(), sys.stdout.isatty()
+
+    def __call__(self, step: int, losses: list[float], model: LoopedModel) -> None:
+        share, fresh, self.tenth = (
+            step / self.steps,
+            10 * step // self.steps > self.tenth,
+            10 * step // self.steps,
+        )
+        if fresh:
+            self.exact = evaluate(model, self.held_out)["exact"][-1]
+        if fresh or self.live:
+            took = time.perf_counter() - self.began
+            line = f"{share:4.0%}  step {step}  loss {sum(losses) / len(losses):.4f}"
+            line += f"  held-out solved {self.exact:.1%}  {took:.0f} s, {took / share - took:.0f} s left"
+            start, end = ("\r\033[K", "" if step < self.steps else "\n") if self.live else ("", "\n")
+            print(start + line, end=end, flush=True)
+
+
+def print_table(curves: dict) -> None:
+    print("\nstep    solved   cells  log pi(y*)     margin  KL(c || u)  margin > 0")
+    for s, row in enumerate(zip(*(curves[name] for name in METRICS), strict=True), 1):
+        print("{:4}  {:8.1%}  {:6.1%}  {:10.5f}  {:9.5f}  {:10.5f}  {:10.1%}".format(s, *row))
+
+
+def obtain(given: dict, checkpoint: str, interrupts: list) -> tuple[LoopedModel, dict, Path]:
+    """The model, loaded or freshly trained and saved; facts of its training; the folder for results."""
+    model, facts = load_checkpoint(checkpoint, **given) if checkpoint else (None, {})
+    cfg = model.cfg if model else configure(**given)
+    folder = Path(checkpoint).parent / "eval" if checkpoint else Path("runs") / f"{cfg.task}-{cfg.scheme}"
+    device, task, out = pick_device(cfg.device), TASKS[cfg.task], prepare_folder(Path(cfg.out or folder))
+    if cfg.figures:
+        pyplot()  # if it is missing, say so now and not after the training
+    print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
+    if not model:
+        data = task.make(cfg.train_size, cfg.size, "train", cfg.seed).to(device)
+        progress = Progress(cfg.steps, task.make(min(200, cfg.test_size), cfg.size, "valid").to(device))
+        model, facts = train(cfg, data, lambda: bool(interrupts), progress)
+        save_checkpoint(out / "model.pt", model, facts)
+        if facts["stopped"]:
+            print(f"\nlrpi: {facts['stopped']}; what was learnt is kept and evaluated", file=sys.stderr)
+    return model.to(device), facts, out
+
+
+def run(given: dict, started: float, interrupts: list) -> int:
+    """Train a model or load one; evaluate it, draw and write what was found. Returns the exit code."""
+    checkpoint = given.pop("eval")
+    model, facts, out = obtain(given, checkpoint, interrupts)
+    cfg, params = model.cfg, sum(p.numel() for p in model.parameters())
+    test = TASKS[cfg.task].make(cfg.test_size, cfg.size, "test").to(model.y0.device)
+    curves = evaluate(model, test)
+    print_table(curves)
+    first, last = (f"{curves['exact'][s]:.1%}" for s in (0, -1))
+    passes = f"{curves['passes']} forward passes each"
+    print(f"\n{last} of {len(test)} held-out puzzles solved, with {passes}, by {params:,} parameters")
+    written = ["metrics.json"] if checkpoint else ["model.pt", "metrics.json"]
+    if cfg.figures:
+        title = f"{cfg.task}, {cfg.scheme}: solved after the first step {first}, after the last {last}"
+        draw_improvement(curves, f"{title} of {len(test)} held-out puzzles", out / "improvement.png")
+        longest = (test.x != test.y).sum(1).argmax()
+        written += ["improvement.png", *draw_solution(model, test[longest][None], out)]
+    metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
+    metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **curves}
+    metrics |= {"total_seconds": round(time.perf_counter() - started, 2), "config": asdict(cfg)}
+    with replacing(out / "metrics.json") as beside:
+        beside.write_text(json.dumps(metrics, indent=1))
+    print(f"{metrics['total_seconds']:.0f} s in all; wrote {', '.join(written)}")
+    return 130 if interrupts else 2 if facts["stopped"] and not checkpoint else 0
+
+
+def main(argv=None, started: float | None = None) -> int:
+    """The command line. Returns the exit code: 0, 2 after bad input or a diverged loss, 130 after Ctrl-C."""
+    interrupts = []  # the first Ctrl-C ends training in good order, the second ends the program
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(True))
+    try:
+        return run(parse(argv), time.perf_counter() if started is None else started, interrupts)
+    except UserError as e:
+        print(f"lrpi: {e}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main(started=time.perf_counter() - time.process_time()))  # so that the imports count, too

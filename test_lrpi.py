@@ -1,0 +1,906 @@
+"""Tests of lrpi.py against independent oracles: brute force, plain loops, autograd, finite differences.
+
+    python -m pytest -q
+
+Whatever is checked here is computed a second time, by other means, in this file; tolerances stand where they are used.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lrpi
+from lrpi import GOAL, OPEN, PATH, START, WALL
+
+HERE = Path(__file__).resolve().parent
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mazes
+
+
+def neighbours_of(cell, side):
+    r, c = divmod(cell, side)
+    for i, j in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+        if 0 <= i < side and 0 <= j < side:
+            yield i * side + j
+
+
+def shortest_paths(maze, side):
+    """By breadth-first search: the cells of a shortest path from start to goal, and how many such paths exist."""
+    start, goal = maze.index(START), maze.index(GOAL)
+    distance, ways, came, queue = {start: 0}, {start: 1}, {}, deque([start])
+    while queue:
+        here = queue.popleft()
+        for there in neighbours_of(here, side):
+            if maze[there] == WALL:
+                continue
+            if there not in distance:
+                distance[there], ways[there], came[there] = distance[here] + 1, 0, here
+                queue.append(there)
+            if distance[there] == distance[here] + 1:
+                ways[there] += ways[here]
+    path, cell = [], goal
+    while cell != start:
+        cell = came[cell]
+        path.append(cell)
+    return set(path) - {start}, ways[goal]
+
+
+@pytest.mark.parametrize("size, count", [(5, 60), (7, 40), (11, 60), (21, 10), (61, 2)])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mazes_are_perfect_and_labels_are_their_unique_shortest_path(size, count, split):
+    puzzles = lrpi.make_mazes(count, size, split, seed=3)
+    assert puzzles.x.shape == puzzles.y.shape == (count, size * size) and puzzles.x.dtype == torch.uint8
+    for maze, label in zip(puzzles.x.tolist(), puzzles.y.tolist(), strict=True):
+        assert maze.count(START) == maze.count(GOAL) == 1 and PATH not in maze
+        spaces = [cell for cell, token in enumerate(maze) if token != WALL]
+        rooms = [r * size + c for r in range(0, size, 2) for c in range(0, size, 2)]
+        assert set(rooms) <= set(spaces), "every room is open"
+        assert maze.index(START) in rooms and maze.index(GOAL) in rooms
+        edges = sum(maze[there] != WALL for here in spaces for there in neighbours_of(here, size)) // 2
+        reached, stack = {spaces[0]}, [spaces[0]]
+        while stack:
+            for there in neighbours_of(stack.pop(), size):
+                if maze[there] != WALL and there not in reached:
+                    reached.add(there)
+                    stack.append(there)
+        assert len(reached) == len(spaces) == edges + 1, "connected, with one edge less than cells: a tree"
+        path, ways = shortest_paths(maze, size)
+        assert ways == 1
+        assert label == [PATH if cell in path else token for cell, token in enumerate(maze)]
+
+
+def test_stages_are_rounds_of_dead_end_filling_and_end_in_the_label():
+    puzzles = lrpi.make_mazes(20, 11, "train", seed=1)
+    rounds = puzzles.order.max().item()
+    stages = [puzzles.stage(r) for r in range(rounds + 2)]
+    for i, maze in enumerate(puzzles.x.tolist()):
+        answer = [PATH if token == OPEN else token for token in maze]
+        for r in range(rounds + 2):
+            assert stages[r][i].tolist() == answer
+            dead = [
+                cell
+                for cell, token in enumerate(answer)
+                if token == PATH
+                and sum(answer[n] in (PATH, START, GOAL) for n in neighbours_of(cell, 11)) <= 1
+            ]
+            for cell in dead:
+                answer[cell] = OPEN
+    assert torch.equal(stages[-1], puzzles.y)
+
+
+def test_spanning_trees_are_uniform():
+    """The 3 x 3 grid has 192 spanning trees (Kirchhoff). Chi-square with 191 degrees of freedom: 191 +- 6 sigma."""
+    N, laplacian = 9, torch.zeros(9, 9, dtype=torch.float64)
+    for here in range(N):
+        for there in neighbours_of(here, 3):
+            laplacian[here, here] += 1
+            laplacian[here, there] -= 1
+    trees = round(torch.linalg.det(laplacian[1:, 1:]).item())
+    assert trees == 192
+    draws = 100 * trees
+    parents = lrpi.spanning_trees(draws, 3, generator()).tolist()
+    seen = {}
+    for parent in parents:
+        tree = frozenset((min(i, p), max(i, p)) for i, p in enumerate(parent) if i != p)
+        seen[tree] = seen.get(tree, 0) + 1
+    assert len(seen) == trees
+    chi2 = sum((n - 100) ** 2 / 100 for n in seen.values())
+    assert abs(chi2 - 191) < 6 * math.sqrt(2 * 191)
+
+
+def test_start_and_goal_are_uniform():
+    """72 ordered pairs of different rooms in a 5 x 5 maze; chi-square with 71 degrees of freedom, 6 sigma."""
+    x = lrpi.carve(7200, 5, generator(1)).tolist()
+    pairs = {}
+    for maze in x:
+        pair = maze.index(START), maze.index(GOAL)
+        pairs[pair] = pairs.get(pair, 0) + 1
+    assert len(pairs) == 72
+    assert abs(sum((n - 100) ** 2 / 100 for n in pairs.values()) - 71) < 6 * math.sqrt(2 * 71)
+
+
+def symmetric_views(maze, side):
+    rows = [tuple(maze[r * side : (r + 1) * side]) for r in range(side)]
+    for _ in range(4):
+        rows = list(zip(*rows[::-1], strict=True))  # a quarter turn
+        yield tuple(rows)
+        yield tuple(row[::-1] for row in rows)
+
+
+@pytest.mark.parametrize("size, count", [(5, 300), (7, 500), (11, 300)])
+def test_splits_share_no_walls_under_the_8_symmetries(size, count):
+    layouts = {split: set() for split in lrpi.SPLITS}
+    for split, seen in layouts.items():
+        for seed in (0, 1, 7):
+            for maze in lrpi.make_mazes(count, size, split, seed).x.tolist():
+                seen.add(min(symmetric_views([token == WALL for token in maze], size)))
+    assert all(layouts.values())
+    assert not layouts["train"] & layouts["test"]
+    assert not layouts["train"] & layouts["valid"]
+    assert not layouts["valid"] & layouts["test"]
+
+
+def test_mazes_depend_on_the_seed_alone():
+    a, b, c = (lrpi.make_mazes(50, 11, "train", seed).x for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(lrpi.make_mazes(10, 11, "train", 0).x, a[:10])
+    assert len(a.unique(dim=0)) == 50
+
+
+def solved_by_hand(maze, answer, side):
+    """Walk from the start along marked cells; every marked cell must lie on that one walk, which ends at the goal."""
+    for asked, said in zip(maze, answer, strict=True):
+        if said != asked and not (asked == OPEN and said == PATH):
+            return False
+    marked = {cell for cell, token in enumerate(answer) if token in (PATH, START, GOAL)}
+    walk = [answer.index(START)]
+    while walk[-1] != answer.index(GOAL):
+        onward = [n for n in neighbours_of(walk[-1], side) if n in marked and n not in walk]
+        if len(onward) != 1:
+            return False
+        walk.append(onward[0])
+    return set(walk) == marked
+
+
+def test_solved_agrees_with_a_walk_along_the_marks():
+    """True labels, labels with one cell changed, and random answers, on perfect mazes and on open fields."""
+    rng, verdicts = random.Random(0), []
+    for size, open_field in ((5, False), (7, False), (5, True)):
+        for maze in lrpi.make_mazes(40, size, "train", seed=2).x.tolist():
+            if open_field:
+                maze = [OPEN if token == WALL and rng.random() < 0.8 else token for token in maze]
+            path, _ = shortest_paths(maze, size)
+            truth = [PATH if cell in path else token for cell, token in enumerate(maze)]
+            answers = [truth, maze]
+            for cell in range(size * size):
+                answers += [[*truth[:cell], token, *truth[cell + 1 :]] for token in range(5)]
+            for _ in range(50):
+                answers.append([PATH if token == OPEN and rng.random() < 0.5 else token for token in maze])
+            x, said = torch.tensor([maze] * len(answers)), torch.tensor(answers)
+            expected = [solved_by_hand(maze, answer, size) for answer in answers]
+            assert lrpi.maze_solved(x, said).tolist() == expected
+            verdicts += expected
+    assert 120 < sum(verdicts) < len(verdicts) / 2, "both verdicts occurred"
+
+
+def test_solved_rejects_a_path_with_a_separate_loop():
+    W, O, S, G, P = WALL, OPEN, START, GOAL, PATH
+    maze = [S, O, G, W, W, W, W, W, W, W, W, O, O, O, W, W, O, W, O, W, W, O, O, O, W]
+    with_loop = [P if token == O else token for token in maze]
+    without = [S, P, G, *maze[3:]]
+    x = torch.tensor([maze, maze])
+    assert lrpi.maze_solved(x, torch.tensor([with_loop, without])).tolist() == [False, True]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def tiny(**given):
+    return lrpi.configure(**{"size": 5, "width": 16, "ffn": 24, "heads": 2, **given})
+
+
+def model_and_state(cfg, B=3, seed=0):
+    torch.manual_seed(seed)
+    model = lrpi.LoopedModel(cfg)
+    for p in model.parameters():  # zero-initialised weights would hide mistakes
+        p.data += 0.1 * torch.randn_like(p)
+    L = cfg.size**2
+    x = torch.randint(0, 4, (B, L), dtype=torch.uint8)
+    return (
+        model,
+        x,
+        torch.randn(B, L, cfg.width),
+        torch.randn(B, L, cfg.width),
+        torch.ones(B, dtype=torch.long),
+    )
+
+
+@pytest.mark.parametrize("scheme, passes", [("dis", 18), ("trm", 336), ("trm-medium", 48)])
+def test_forward_passes_are_counted(scheme, passes):
+    model = lrpi.LoopedModel(tiny(scheme=scheme))
+    calls = []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    puzzles = lrpi.make_mazes(6, 5, "test")
+    assert lrpi.evaluate(model, puzzles, batch=4)["passes"] == passes
+    assert model.forward_passes == len(calls) == 2 * passes  # two batches
+
+
+@pytest.mark.parametrize("recall", [True, False])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_step_is_the_recursion_written_out(T, recall):
+    """Outputs and gradients equal those of the recursion in plain code; atol 1e-6."""
+    model, x, y, z, s = model_and_state(tiny(T=T, n=2, recall=recall))
+    got = model(x, y, z, s + 2)
+    weights = torch.randn_like(got[0])
+    gradients = torch.autograd.grad((got[0] * weights).sum(), list(model.parameters()), allow_unused=True)
+
+    e = model.tokens.weight[x.long()] * 4 + model.step_table[2]  # sqrt(16) = 4; step 3 is row 2
+    for t in range(T):
+        for _ in range(2):
+            z = model.blocks(e + y + z)
+        y = model.blocks(e + model.role + y + z) if recall else model.blocks(y + z)
+        if t < T - 1:
+            y, z = y.detach(), z.detach()
+    expected = torch.autograd.grad((y * weights).sum(), list(model.parameters()), allow_unused=True)
+    assert torch.allclose(got[0], y, atol=1e-6) and torch.allclose(got[1], z, atol=1e-6)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_no_gradient_from_the_first_cycles():
+    for T, crosses in ((1, True), (2, False)):
+        model, x, y, z, s = model_and_state(tiny(T=T))
+        out = model(x, y.requires_grad_(), z, s)[0]
+        gradient = torch.autograd.grad((out * torch.randn_like(out)).sum(), y, allow_unused=True)[0]
+        assert out.requires_grad and (gradient is not None) is crosses
+        assert not crosses or gradient.abs().max() > 1e-3
+
+
+def test_the_state_is_detached_between_steps(monkeypatch):
+    seen, forward = [], lrpi.LoopedModel.forward
+
+    def spy(self, x, y, z, s):
+        seen.append((s.tolist(), y.requires_grad, z.requires_grad, y.grad_fn, z.grad_fn))
+        return forward(self, x, y, z, s)
+
+    monkeypatch.setattr(lrpi.LoopedModel, "forward", spy)
+    cfg = tiny(steps=8, batch_size=2, n_sup=3)
+    lrpi.train(cfg, lrpi.make_mazes(10, 5))
+    assert [s for s, *_ in seen] == [[1, 1], [2, 2], [3, 3]] * 2 + [[1, 1], [2, 2]]
+    assert all(rest == [False, False, None, None] for _, *rest in seen)
+
+
+def test_the_step_index_is_seen_and_held_past_the_last_step():
+    model, x, y, z, s = model_and_state(tiny())
+    out = [model(x, y, z, s * k)[0] for k in (1, 2, 6, 24)]
+    assert not torch.allclose(out[0], out[1]) and torch.equal(out[2], out[3])
+
+
+def test_attention_block_against_plain_loops():
+    """Heads, rotary positions as complex rotations, softmax and SwiGLU, cell by cell in float64; atol 1e-5."""
+    cfg = tiny(mixer="attention")
+    torch.manual_seed(0)
+    block, h = lrpi.Block(cfg, (5, 5)), torch.randn(2, 25, 16)
+    H, d = 2, 8
+    Wqkv, Wo = block.mix.qkv.weight.double(), block.mix.out.weight.double()
+    Wgu, Wd = block.swiglu.gate_up.weight.double(), block.swiglu.down.weight.double()
+
+    def rms(v):
+        return v / math.sqrt(sum(a * a for a in v.tolist()) / len(v) + 1e-5)
+
+    def turn(v, position):
+        pairs = torch.complex(v[: d // 2], v[d // 2 :])
+        angles = [position * 10_000 ** (-2 * i / d) for i in range(d // 2)]
+        pairs = pairs * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles])
+        return torch.cat([pairs.real, pairs.imag])
+
+    for b in range(2):
+        cells = h[b].double()
+        qkv = [Wqkv @ cell for cell in cells]
+        for i in range(25):
+            mixed = []
+            for head in range(H):
+                at = slice(head * d, head * d + d)
+                q = turn(qkv[i][:16][at], i)
+                scores = [(q @ turn(qkv[j][16:32][at], j)).item() / math.sqrt(d) for j in range(25)]
+                top = max(scores)
+                p = [math.exp(score - top) for score in scores]
+                mixed.append(sum(w * qkv[j][32:][at] for j, w in enumerate(p)) / sum(p))
+            a = rms(cells[i] + Wo @ torch.cat(mixed))
+            gate, up = (Wgu @ a)[:24], (Wgu @ a)[24:]
+            expected = rms(a + Wd @ (gate / (1 + torch.exp(-gate)) * up))
+            assert torch.allclose(block(h)[b, i].double(), expected, atol=1e-5)
+
+
+def test_mlp_block_mixes_and_normalises_along_the_cells():
+    """TRM's mixer for fixed lengths, channel by channel; atol 1e-5."""
+    torch.manual_seed(0)
+    block, h = lrpi.Block(tiny(mixer="mlp"), (5, 5)), torch.randn(2, 25, 16)
+    assert block.mix.swiglu.gate_up.weight.shape == (512, 25)  # 4 * 25 * 2 / 3 = 67, rounded up to 256, twice
+    out = torch.empty_like(h)
+    for b in range(2):
+        for channel in range(16):
+            v = h[b, :, channel]
+            gate, up = (block.mix.swiglu.gate_up.weight @ v).split(256)
+            v = v + block.mix.swiglu.down.weight @ (F.silu(gate) * up)
+            out[b, :, channel] = v / (v.square().mean() + 1e-5).sqrt()
+    expected = F.rms_norm(out + block.swiglu(out), (16,), eps=1e-5)
+    assert torch.allclose(block(h), expected, atol=1e-5)
+
+
+def test_conv_mixer_against_plain_loops():
+    torch.manual_seed(0)
+    conv, h = lrpi.Conv(tiny(kernel=3), (5, 5)), torch.randn(1, 25, 16)
+    got, weight = conv(h), conv.conv.weight
+    for r in range(5):
+        for c in range(5):
+            expected = torch.zeros(16)
+            for i in (-1, 0, 1):
+                for j in (-1, 0, 1):
+                    if 0 <= r + i < 5 and 0 <= c + j < 5:
+                        expected += h[0, (r + i) * 5 + c + j] * weight[:, 0, i + 1, j + 1]
+            assert torch.allclose(got[0, r * 5 + c], expected, atol=1e-5)
+
+
+def test_initial_weights_have_the_stated_spread():
+    torch.manual_seed(0)
+    for weight, fan_in in ((lrpi.linear(64, 4000).weight, 64), (lrpi.lecun_(torch.empty(50_000), 1), 1)):
+        assert abs(weight.std().item() * math.sqrt(fan_in) - 1) < 0.02  # 50,000 draws: one sigma is 0.3%
+        assert weight.abs().max().item() * math.sqrt(fan_in) < 2.28  # two sigmas of the normal that was cut
+    wide = lrpi.SwiGLU(512)
+    assert wide.gate_up.weight.shape == (3072, 512) and wide.down.weight.shape == (512, 1536)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Policy improvement
+
+
+def two_logits(seed=0):
+    g = generator(seed)
+    u, c = (3 * torch.randn(4, 5, 7, dtype=torch.float64, generator=g) for _ in range(2))
+    return u, c, torch.randint(0, 7, (4, 5), generator=g)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 2.5])
+def test_margin_is_minus_the_slope_of_the_loss(w):
+    """Prop. 4.1 against autograd (1e-10) and central differences of step 1e-5 (1e-7)."""
+    u, c, y = two_logits()
+
+    def loss(w):
+        return F.cross_entropy(lrpi.guide(u, c, w).flatten(0, 1), y.flatten(), reduction="none").view(4, 5)
+
+    at = torch.full((4, 5), w, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(loss(at[..., None]).sum(), at)[0]
+    margin = lrpi.margin(u, c, y, w)
+    assert torch.allclose(margin, -slope, atol=1e-10)
+    assert torch.allclose(margin, -(loss(w + 1e-5) - loss(w - 1e-5)) / 2e-5, atol=1e-7)
+
+
+def test_guidance_is_a_geometric_mixture_of_policies():
+    u, c, _ = two_logits()
+    for w in (-0.5, 0.0, 0.3, 1.0, 2.0):
+        mixture = u.softmax(-1) ** (1 - w) * c.softmax(-1) ** w
+        assert torch.allclose(
+            lrpi.guide(u, c, w).softmax(-1), mixture / mixture.sum(-1, keepdim=True), atol=1e-12
+        )
+
+
+def test_advantage_and_divergence_against_torch_distributions():
+    u, c, y = two_logits()
+    pi_u, pi_c = torch.distributions.Categorical(logits=u), torch.distributions.Categorical(logits=c)
+    expected = torch.distributions.kl_divergence(pi_c, pi_u)
+    assert torch.allclose(lrpi.divergence(u, c), expected, atol=1e-12)
+    taken = lrpi.advantage(u, c).gather(-1, y[..., None]).squeeze(-1)
+    assert torch.allclose(taken, pi_c.log_prob(y) - pi_u.log_prob(y), atol=1e-12)
+    assert torch.allclose(lrpi.margin(u, u + 5.0, y), torch.zeros(4, 5, dtype=torch.float64), atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Targets
+
+
+@pytest.mark.parametrize("power", [0.3, 1.0, 2.0])
+def test_reveal_is_nested_monotone_and_exact_at_the_end(power):
+    puzzles, n_sup = lrpi.make_mazes(50, 11, "train"), 6
+    x, y, noise = puzzles.x, puzzles.y, torch.rand(50, 121, generator=generator())
+    before, differing = x, (x != y).sum(1)
+    for s in range(1, n_sup + 1):
+        share = torch.full((50,), s / n_sup) ** power
+        target = lrpi.reveal(x, y, share, noise)
+        assert ((target == x) | (target == y)).all()
+        assert (target[before == y] == y[before == y]).all(), "nested: what was shown stays shown"
+        for n, left in zip(differing.tolist(), (target != y).sum(1).tolist(), strict=True):
+            shown = n * (s / n_sup) ** power
+            assert n - left in (math.ceil(shown - 1e-4), math.ceil(shown + 1e-4)), (
+                "float32 may round either way"
+            )
+        before = target
+    assert torch.equal(before, y)
+
+
+def test_reveal_gives_every_row_its_own_step():
+    puzzles = lrpi.make_mazes(4, 11, "train")
+    target = lrpi.reveal(puzzles.x, puzzles.y, torch.tensor([0.0, 0.5, 1.0, 1.0]), torch.rand(4, 121))
+    assert torch.equal(target[0], puzzles.x[0]) and torch.equal(target[2:], puzzles.y[2:])
+    same = lrpi.reveal(puzzles.y, puzzles.y, torch.full((4,), 0.5), torch.rand(4, 121))
+    assert torch.equal(same, puzzles.y), "nothing differs, nothing to reveal"
+
+
+def test_reveal_takes_cells_at_random():
+    """Each of the k differing cells is among the first half equally often: 2,000 draws, 5 sigma."""
+    puzzle = lrpi.make_mazes(200, 11, "train")
+    i = (puzzle.x != puzzle.y).sum(1).argmax().item()
+    x, y = puzzle.x[i].expand(2000, -1), puzzle.y[i].expand(2000, -1)
+    shown = lrpi.reveal(x, y, torch.full((2000,), 0.5), torch.rand(2000, 121, generator=generator())) == y
+    cells = puzzle.x[i] != puzzle.y[i]
+    p = math.ceil(cells.sum().item() / 2) / cells.sum().item()
+    assert (shown[:, cells].float().mean(0) - p).abs().max() < 5 * math.sqrt(p * (1 - p) / 2000)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_learns_7x7_mazes():
+    """From scratch, in half a minute, on two seeds of nothing but 7 x 7 mazes: well above an untrained model's 0%."""
+    cfg = lrpi.configure(size=7, steps=900, train_size=4000, seed=0)
+    losses = []
+    model, facts = lrpi.train(
+        cfg, lrpi.make_mazes(4000, 7), report=lambda step, values, model: losses.extend(values)
+    )
+    curves = lrpi.evaluate(model, lrpi.make_mazes(300, 7, "test"))
+    assert facts["steps_done"] == len(losses) == 900 and facts["examples_seen"] == 900 * 16 // 6
+    assert sum(losses[-48:]) < 0.5 * sum(losses[:48])
+    assert curves["exact"][-1] > 0.8
+    assert curves["exact"][-1] > curves["exact"][0] and curves["logp"][-1] > curves["logp"][0]
+
+
+def test_same_seed_same_weights():
+    cfg, data = tiny(steps=12), lrpi.make_mazes(30, 5)
+    a, b = (lrpi.train(cfg, data)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    c = lrpi.train(tiny(steps=12, seed=1), data)[0].state_dict()
+    assert not torch.equal(a["tokens.weight"], c["tokens.weight"])
+
+
+def test_training_without_halting_equals_nested_loops():
+    """Where all rows keep step, the loop over episodes does what loops over batches and steps do.
+
+    Weights move by about 0.1 here; atol is 1e-3, as Muon works in bfloat16 and magnifies the last bits.
+    """
+    cfg, data = tiny(steps=9, n_sup=3, batch_size=4, target="final", warmup=2), lrpi.make_mazes(40, 5)
+    got = lrpi.train(cfg, data)[0].state_dict()
+
+    torch.manual_seed(cfg.seed)
+    model = lrpi.LoopedModel(cfg)
+    matrices = [p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2]
+    names = {n for n, p in model.named_parameters() for m in matrices if p is m}
+    others = [p for n, p in model.named_parameters() if n not in names]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+                  torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
+    assert cfg.muon_lr == 0.02 and cfg.lr == 0.01
+    order, step = torch.randperm(40), 0
+    for batch in range(3):
+        rows = order[4 * batch : 4 * batch + 4]
+        y, z = model.y0.expand(4, 25, -1), model.z0.expand(4, 25, -1)
+        for s in range(1, 4):
+            y, z = model(data.x[rows], y.detach(), z.detach(), torch.full((4,), s))
+            loss = F.cross_entropy(model.readout(y).transpose(1, 2), data.y[rows].long())
+            for optimizer, peak in zip(optimizers, (0.02, 0.01), strict=True):
+                optimizer.zero_grad()
+                factor = min(1, (step + 1) / 3) * (1 + math.cos(math.pi * step / 9)) / 2
+                optimizer.param_groups[0]["lr"] = peak * factor
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(got[name], weight, atol=1e-3), name
+
+
+def test_averaged_weights_follow_the_decay():
+    cfg, data = tiny(steps=5, ema=0.7), lrpi.make_mazes(30, 5)
+    averaged = lrpi.train(cfg, data)[0].tokens.weight
+    trail = []
+    lrpi.train(
+        tiny(steps=5), data, report=lambda s, v, model: trail.append(model.tokens.weight.detach().clone())
+    )
+    expected = trail[0]
+    for weight in trail[1:]:
+        expected = 0.7 * expected + 0.3 * weight
+    assert len(trail) == 5 and torch.allclose(averaged, expected, atol=1e-6)
+
+
+def test_puzzles_that_are_done_leave_and_all_others_stay():
+    cfg, data = tiny(steps=50, batch_size=3, halt=True), lrpi.make_mazes(7, 5)
+    batch = lrpi.Episodes(cfg, data, lrpi.LoopedModel(cfg))
+    waiting, held, steps, rng = batch.line.tolist(), [None] * 3, [0] * 3, random.Random(0)
+    assert sorted(waiting[:7]) == list(range(7)), "every puzzle is seen once before any is seen twice"
+    done, state = [True] * 3, None
+    for _ in range(30):
+        x, y_star = batch.advance()
+        for place in range(3):
+            if done[place]:
+                held[place], steps[place] = waiting.pop(0), 0
+                assert torch.equal(batch.y[place], batch.model.y0.expand(25, -1))
+            else:
+                assert torch.equal(batch.y[place], state[place])
+            steps[place] += 1
+        assert batch.row.tolist() == held and batch.s.tolist() == steps
+        assert torch.equal(x, data.x[held]) and torch.equal(y_star, data.y[held])
+        state = torch.randn(3, 25, 16)
+        done = [rng.random() < 0.4 for _ in range(3)]
+        batch.y, batch.z, batch.done = state, state, torch.tensor(done)
+
+
+def test_halting_head_loss_and_who_may_go():
+    cfg = tiny(scheme="trm", n_sup=4)
+    model = lrpi.LoopedModel(cfg)
+    assert torch.sigmoid(model.halting(torch.randn(5, 16))).max() < 0.01, "nothing counts as solved at first"
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.halting.weight, std=5.0)
+    B = 4000
+    y, s = torch.randn(B, 25, 16), torch.randint(1, 5, (B,))
+    y_star = torch.randint(0, 5, (B, 25), dtype=torch.uint8)
+    logits = F.one_hot(y_star.long(), 5).float()
+    logits[::2, 7] = logits[::2, 7].roll(1, -1)  # every second answer has one wrong cell
+    loss, let_go = lrpi.halting(model, y, logits, y_star, s)
+    q = model.halting(y[:, 0])[:, 0]
+    right = torch.arange(B) % 2 == 1
+    expected = -0.5 * torch.where(right, F.logsigmoid(q.double()), F.logsigmoid(-q.double())).mean()
+    assert abs(loss.item() - expected.item()) < 1e-4
+    assert not let_go[q <= 0].any()
+    kept = (~let_go[q > 0]).float()  # one in ten draws 2, 3 or 4 as its minimum and stays below it
+    for k, share in ((1, 0.1), (2, 0.1 * 2 / 3), (3, 0.1 / 3), (4, 0.0)):
+        of_k = kept[s[q > 0] == k]
+        assert abs(of_k.mean().item() - share) <= 5 * math.sqrt(share * (1 - share) / len(of_k))
+
+
+def test_a_diverging_loss_stops_training_with_weights_that_worked():
+    cfg, data, good = tiny(steps=400, warmup=0), lrpi.make_mazes(30, 5), []
+
+    def report(step, losses, model):
+        good.append({k: v.clone() for k, v in model.state_dict().items()})
+        if step == 20:
+            model.tokens.weight.data.fill_(math.inf)
+
+    model, facts = lrpi.train(cfg, data, report=report)
+    assert facts["stopped"] == "the loss was no longer finite at step 21" and facts["steps_done"] == 22
+    assert all(torch.equal(v, good[-2][k]) for k, v in model.state_dict().items())
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+
+
+def test_stop_ends_training_in_order():
+    calls = iter([False, False, True])
+    _, facts = lrpi.train(tiny(steps=50), lrpi.make_mazes(30, 5), stop=lambda: next(calls))
+    assert facts["steps_done"] == 3 and facts["stopped"] == "interrupted"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_evaluation_against_plain_loops():
+    """Every metric, puzzle by puzzle and cell by cell in float64; atol 1e-5."""
+    cfg = tiny(n_sup=3)
+    model, puzzles = model_and_state(cfg)[0], lrpi.make_mazes(5, 5, "test")
+    curves = lrpi.evaluate(model, puzzles, batch=2)
+    y, z = model.start(5)
+    with torch.no_grad():
+        before = model.readout(y).double().softmax(-1)
+        for s in range(3):
+            y, z = model(puzzles.x, y, z, torch.full((5,), s + 1))
+            after = model.readout(y).double().softmax(-1)
+            sums = dict.fromkeys(lrpi.METRICS, 0.0)
+            for i in range(5):
+                answer = after[i].argmax(-1).tolist()
+                sums["exact"] += (
+                    25 * solved_by_hand(puzzles.x[i].tolist(), answer, 5) if START in answer else 0
+                )
+                for cell in range(25):
+                    label, pu, pc = (
+                        puzzles.y[i, cell].item(),
+                        before[i, cell].tolist(),
+                        after[i, cell].tolist(),
+                    )
+                    A = [math.log(c / u) for u, c in zip(pu, pc, strict=True)]
+                    gain = A[label] - sum(c * a for c, a in zip(pc, A, strict=True))
+                    sums["cells"] += answer[cell] == label
+                    sums["logp"] += math.log(pc[label])
+                    sums["margin"] += gain
+                    sums["kl"] += sum(c * a for c, a in zip(pc, A, strict=True))
+                    sums["margin_positive"] += gain > 0
+            for name, total in sums.items():
+                assert abs(curves[name][s] - total / 125) < 1e-5, name
+            before = after
+
+
+def test_a_rollout_can_be_longer_than_in_training():
+    model, x, *_ = model_and_state(tiny())
+    pairs = list(lrpi.rollout(model, x, n_sup=9))
+    assert len(pairs) == 9 and not pairs[0][0].requires_grad
+    assert all(torch.equal(pairs[s][1], pairs[s + 1][0]) for s in range(8)), "after a step is before the next"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and the command line
+
+
+def cli(*args, cwd=HERE, env=(), timeout=180):
+    command = [sys.executable, str(HERE / "lrpi.py"), *map(str, args)]
+    env = {**os.environ, **dict(env)}
+    return subprocess.run(
+        command, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout, check=False
+    )
+
+
+QUICK = [
+    "--size",
+    "5",
+    "--steps",
+    "60",
+    "--train-size",
+    "200",
+    "--test-size",
+    "40",
+    "--width",
+    "16",
+    "--ffn",
+    "32",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One small run of the real command in an empty folder: the process and where its results lie."""
+    folder = tmp_path_factory.mktemp("run")
+    done = cli("--task", "maze", *QUICK, "--seed", "5", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done, folder / "runs" / "maze-dis"
+
+
+def test_the_command_writes_everything(trained):
+    done, out = trained
+    names = ["improvement.png", "metrics.json", "model.pt", "solution.gif", "solution.png"]
+    assert sorted(p.name for p in out.iterdir()) == names, "and no temporary files"
+    metrics = json.loads((out / "metrics.json").read_text())
+    facts = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 18, "device": metrics["device"]}
+    assert facts.items() <= metrics.items() and metrics["torch"] == torch.__version__
+    assert metrics["examples_seen"] == 160 and metrics["config"]["steps"] == 60 and metrics["stopped"] == ""
+    model = lrpi.load_checkpoint(str(out / "model.pt"))[0]
+    assert metrics["params"] == sum(p.numel() for p in model.parameters())
+    assert 0 < metrics["train_seconds"] < metrics["total_seconds"]
+    for name in ("exact", "cells", "logp", "margin", "kl", "margin_positive"):
+        assert len(metrics[name]) == 6 and all(map(math.isfinite, metrics[name]))
+    table = [
+        line.split()
+        for line in done.stdout.splitlines()
+        if line[:4].strip().isdigit() and len(line.split()) == 7
+    ]
+    assert [row[1] for row in table] == [f"{v:.1%}" for v in metrics["exact"]]
+    assert len([line for line in done.stdout.splitlines() if "held-out solved" in line]) == 10, (
+        "sparse progress"
+    )
+    assert done.stderr == ""
+
+
+def test_figures_are_pictures_and_the_animation_has_all_frames(trained):
+    from PIL import Image
+
+    _, out = trained
+    for name in ("improvement.png", "solution.png"):
+        with Image.open(out / name) as image:
+            assert image.format == "PNG" and 700 < image.width < 1600
+            assert len(image.convert("RGB").getcolors(10**6)) > 5, "something is drawn"
+    with Image.open(out / "solution.gif") as image:
+        assert image.format == "GIF" and image.n_frames >= 2
+
+
+def test_eval_reproduces_the_metrics(trained):
+    _, out = trained
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    done = cli("--eval", out / "model.pt")
+    assert done.returncode == 0, done.stderr
+    old, new = (json.loads((folder / "metrics.json").read_text()) for folder in (out, out / "eval"))
+    assert {k: v for k, v in old.items() if k != "total_seconds"} == {
+        k: v for k, v in new.items() if k != "total_seconds"
+    }
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before, (
+        "nothing there was touched"
+    )
+
+
+@pytest.mark.parametrize("given", [
+    ["--scheme", "trm", "--n-sup", "3"], ["--scheme", "trm-medium"], ["--size", "15"], ["--size", "21"],
+    ["--mixer", "attention"], ["--mixer", "mlp"], ["--target", "final", "--no-recall", "--no-step-index"],
+    ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
+])  # fmt: skip
+def test_every_kind_of_model_trains(given, tmp_path, capsys):
+    small = ["--steps", "5", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
+    assert lrpi.main([*small, *given, "--no-figures", "--out", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    cfg = metrics["config"]
+    assert metrics["passes"] == cfg["n_sup"] * cfg["T"] * (cfg["n"] + 1) and metrics["stopped"] == ""
+    assert "forward passes each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--task", "chess"], ["--task", "chess", "maze"]),
+    (["--scheme", "magic"], ["--scheme", "magic", "dis", "trm-medium"]),
+    (["--target", "none"], ["--target", "none", "reveal"]),
+    (["--mixer", "fft"], ["--mixer", "fft", "attention"]),
+    (["--size", "12"], ["--size", "12", "odd", "5", "61"]),
+    (["--size", "3"], ["--size", "3", "5", "61"]),
+    (["--size", "63"], ["--size", "63", "61"]),
+    (["--size", "big"], ["--size", "big", "odd"]),
+    (["--steps", "0"], ["--steps", "0", "from 1"]),
+    (["--steps", "1.5"], ["--steps", "1.5", "whole"]),
+    (["--batch-size", "-4"], ["--batch-size", "-4", "from 1"]),
+    (["--train-size", "0"], ["--train-size", "0", "from 1"]),
+    (["--test-size", "0"], ["--test-size", "0", "from 1"]),
+    (["--n-sup", "0"], ["--n-sup", "0", "from 1"]),
+    (["--kernel", "4"], ["--kernel", "4", "odd"]),
+    (["--lr", "nan"], ["--lr", "nan", "number"]),
+    (["--lr", "inf"], ["--lr", "inf", "number"]),
+    (["--lr", "-1"], ["--lr", "-1", "from 0"]),
+    (["--ema", "1"], ["--ema", "1", "0.99"]),
+    (["--mixer", "attention", "--heads", "5"], ["--heads", "5", "48"]),
+    (["--device", "tpu"], ["--device", "tpu", "cpu"]),
+    (["--eval", "nowhere.pt"], ["--eval", "nowhere.pt", "no such file"]),
+    (["--out", "/dev/null/x"], ["--out", "/dev/null/x", "folder"]),
+    (["--speed", "9"], ["--speed"]),
+    (["--size"], ["--size", "argument"]),
+])  # fmt: skip
+def test_bad_input_gets_one_clear_line(args, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lrpi.main(args) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and all(word in said.err for word in named), said.err
+    assert not any(tmp_path.iterdir()), "refused before anything was written"
+
+
+def test_bad_input_as_a_process():
+    done = cli("--size", "10")
+    assert done.returncode == 2 and done.stderr == "lrpi: --size 10: must be an odd number from 5 to 61\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there(capsys, tmp_path):
+    assert lrpi.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_bad_checkpoints(trained, tmp_path, capsys):
+    whole = (trained[1] / "model.pt").read_bytes()
+    content = torch.load(trained[1] / "model.pt", weights_only=True)
+    cases = {f"cut{tenth}": whole[: len(whole) * tenth // 10] for tenth in range(10)} | {
+        "text": b"not a model"
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    torch.save({"state_dict": {}}, tmp_path / "foreign")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({**content, "config": {**content["config"], "task": "chess"}}, tmp_path / "other_task")
+    torch.save({**content, "config": {**content["config"], "colour": 3}}, tmp_path / "newer")
+    torch.save({**content, "config": {**content["config"], "width": 20}}, tmp_path / "misfit")
+    torch.save({**content, "facts": Path("x")}, tmp_path / "code")  # a class that weights_only refuses
+    (tmp_path / "folder").mkdir()
+    for path in sorted(tmp_path.iterdir()):
+        assert lrpi.main(["--eval", str(path), "--out", str(tmp_path / "out")]) == 2, path
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(path) in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_size_or_scheme(trained, capsys):
+    checkpoint = str(trained[1] / "model.pt")
+    for args, named in (
+        (["--size", "11"], "11 5"),
+        (["--scheme", "trm"], "trm dis"),
+        (["--steps", "9"], "9 60"),
+    ):
+        assert lrpi.main(["--eval", checkpoint, *args]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in (args[0], checkpoint, *named.split()))
+
+
+def test_without_matplotlib(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = cli(*QUICK, "--out", tmp_path / "out", env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "matplotlib" in done.stderr and "--no-figures" in done.stderr
+    done = cli(*QUICK, "--out", tmp_path / "out", "--no-figures", env=env)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json", "model.pt"]
+
+
+def test_an_unfinished_file_replaces_nothing(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk full"), lrpi.replacing(path) as beside:
+        beside.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_diverging_run_exits_with_2_and_keeps_a_good_model(tmp_path, capsys):
+    args = [
+        *QUICK,
+        "--steps",
+        "400",
+        "--lr",
+        "1e30",
+        "--muon-lr",
+        "1e30",
+        "--no-figures",
+        "--out",
+        str(tmp_path),
+    ]
+    assert lrpi.main(args) == 2
+    assert "no longer finite at step" in capsys.readouterr().err
+    model, facts = lrpi.load_checkpoint(str(tmp_path / "model.pt"))
+    assert all(v.isfinite().all() for v in model.state_dict().values()) and facts["steps_done"] < 400
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT as a terminal does")
+def test_ctrl_c_saves_evaluates_and_exits_130(tmp_path):
+    args = [*QUICK, "--steps", "100000", "--train-size", "1000", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(HERE / "lrpi.py"), *args], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert "scheme dis" in process.stdout.readline()
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err and "held-out puzzles solved" in out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["stopped"] == "interrupted" and 0 < metrics["steps_done"] < 100000
+    assert (tmp_path / "solution.gif").exists()
+    assert lrpi.load_checkpoint(str(tmp_path / "model.pt"))[1]["steps_done"] == metrics["steps_done"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_progress_is_rewritten_in_place_on_a_terminal(tmp_path):
+    import pty
+
+    master, slave = pty.openpty()
+    args = [*QUICK, "--no-figures", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(HERE / "lrpi.py"), *args], stdout=slave, stderr=slave)
+    os.close(slave)
+    text = b""
+    try:
+        while chunk := os.read(master, 4096):
+            text += chunk
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    assert process.wait(timeout=120) == 0
+    assert text.count(b"\r\x1b[K") == 60 and b"100%" in text and b"s left" in text
+
+
+def test_every_option_is_a_flag_with_meaning_and_range():
+    done = cli("--help")
+    text = " ".join(done.stdout.split())
+    for f in lrpi.fields(lrpi.Config):
+        assert lrpi.flag(f.name) in text and " ".join(f.metadata["help"].split()) in text
+        assert lrpi.allowed(f) in text or f.type is bool
+    assert done.returncode == 0 and "--eval CHECKPOINT" in text
