@@ -1,29 +1,31 @@
 """lrpi: latent reasoning is policy improvement, in one file.
 
 THE QUESTION.  A very small network that loops over its own latent state solves puzzles at which large
-one-pass networks fail. "It loops, so it is deep" is half an answer: many loop steps do nothing. Which work?
+one-pass networks fail. "It loops, so it is deep" is half an answer: many loop steps change nothing. Which
+ones do the work?
 
 THE IDEA, after "Your Latent Reasoning is Secretly Policy Improvement Operator" (arXiv 2511.16886):
   1. The model keeps an answer y and a scratchpad z, and refines both step by step, looking at the puzzle x.
-  2. A readout turns y into a distribution over tokens for every cell. Read before a step, it is the reference
-     policy pi_u; read after it, the conditional policy pi_c. The step moved the logits by delta = l_c - l_u.
-  3. To go further along delta, l_w = l_u + w delta, is classifier-free guidance; w = 1 is the step as taken.
-  4. By Bayes' rule, log pi_c - log pi_u acts as an advantage: large for tokens that the step speaks for. So a
-     latent step is a step of policy improvement and can be tested as one: it helps exactly where the true
-     token's delta beats the average delta. The difference is the *advantage margin*: at 0 the step is dead
-     compute, below 0 it harms.
-  5. Then every step deserves a target of its own, closer to the solution than the last: Deep Improvement
+  2. A readout turns y into logits over tokens for every cell. Those before a step, l_u, make the reference
+     policy pi_u = softmax(l_u); those after it, l_c, the conditional policy pi_c. It added delta = l_c - l_u.
+  3. One can go further along delta, or less far: l_w = l_u + w delta. That is classifier-free guidance, known
+     from diffusion models; w = 1 is the step as the model took it.
+  4. Read pi_c as pi_u conditioned on success, o = 1. By Bayes' rule p(o = 1 | a) ∝ pi_c(a) / pi_u(a), so
+     A(a) = log pi_c(a) - log pi_u(a) scores token a as an advantage does in reinforcement learning, and the
+     step is a step of policy improvement. More of it helps exactly where A of the true token exceeds the mean
+     of A under the guided policy. The difference is the *advantage margin*: 0 is dead compute, below 0 harms.
+  5. So give every step a target of its own, closer to the solution than the last: Deep Improvement
      Supervision (DIS). It takes 18 forward passes where the Tiny Recursive Model (TRM, arXiv 2510.04871)
      takes 336.
 
 THE LETTERS
   x, y, z    the puzzle, the current answer, the scratchpad, embedded: [B, L, D]
-  y*, y†_s   the solution, and the target of step s: `y_star`, `y_dagger`, tokens [B, L]
+  y*, y†_s   the solution, and the target of step s: `y_star`, `y_dagger`, tokens [B, L]; Φ makes y† from y*
   net        the shared network; applying it once to one batch is a "forward pass"
   cycle      n times z <- net(x + y + z), then once y <- net(y + z)
   step s     T cycles, of which the last carries gradient; a rollout is N_sup steps: N_sup T (n + 1) passes
   w, delta   the guidance weight, and the residual that it multiplies
-  B L D V S  batch, cells, width, vocabulary, steps: the letters of all shape comments
+  B L D V S  batch, cells, width, vocabulary, steps; N puzzles of a data set; H W rows and columns of a grid
 
 THE COMMANDS
   python lrpi.py --task maze                    train, evaluate, draw; all of it lands in runs/maze-dis/
@@ -32,20 +34,21 @@ THE COMMANDS
   python lrpi.py --help                         every option, its meaning and its range
 
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
-  - The default token mixer is a local convolution: on a CPU it learns mazes in a minute,
-    attention in many. TRM's own mixers are here as --mixer attention and --mixer mlp.
+  - The default token mixer is a local convolution: on a CPU it learns mazes far faster than attention does.
+    TRM's own block is --mixer attention (or mlp) --layers 2 --ffn 0; its widths are larger, too.
   - `reveal` follows a concave schedule, (s / N_sup)^0.3. Which cells get revealed cannot be predicted, so
     below one half the best guess at a reveal is the bare puzzle: a linear schedule wastes half of its steps.
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
-  - The matrices inside the blocks are trained by Muon, all else by AdamW; the loss is softmax cross-entropy.
+  - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
+    stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
 """
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -66,7 +69,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 # §1  Configuration: every number that a run depends on, and the training schemes as data
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something given cannot be used. The message is one line: what, its value, and what is allowed."""
 
 
@@ -78,7 +81,7 @@ def option(default, help, low=None, high=None, odd=False, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """What defines a run. The defaults are those of scheme `dis`; `configure` gives those of any scheme.
+    """What defines a run. The defaults are `dis`; to get another scheme, call `configure(scheme=...)`.
 
     Raises `UserError` for any value out of range, so that no run can start with one.
     """
@@ -87,7 +90,7 @@ class Config:
     scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
     size: int = option(11, "side of the maze in cells, a room on every second one", 5, 61, odd=True)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
-    device: str = option("auto", "auto: the first there is", choices=lambda: ("auto", *DEVICES))
+    device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
     figures: bool = option(True, "draw the figures, which needs matplotlib")
 
@@ -99,23 +102,23 @@ class Config:
     halt: bool = option(False, "learn when to stop (ACT): solved puzzles leave the training batch")
 
     mixer: str = option("conv", "how cells exchange information", choices=lambda: MIXERS)
-    width: int = option(48, "D, the numbers held per cell", 4, 8192)
+    width: int = option(64, "D, channels per cell", 4, 8192)
     layers: int = option(1, "blocks in the shared net", 1, 100)
     ffn: int = option(128, "inner width of SwiGLU; 0: as in TRM, 8 D / 3 rounded up to 256s", 0, 65536)
-    kernel: int = option(5, "side of the conv mixer's window", 1, 31, odd=True)
+    kernel: int = option(7, "side of the conv mixer's window", 1, 31, odd=True)
     heads: int = option(4, "heads of the attention mixer; width / heads must be even", 1, 256)
     recall: bool = option(True, "let the y update see x too")
     step_index: bool = option(True, "tell the model which step it is at")
 
-    train_size: int = option(40000, "puzzles to train on", 1, 10**8)
+    train_size: int = option(20000, "puzzles to train on", 1, 10**8)
     test_size: int = option(1000, "held-out puzzles for the final evaluation", 1, 10**7)
-    steps: int = option(5000, "training steps: each a latent step and a weight update", 1, 10**9)
-    batch_size: int = option(16, "puzzles in a training batch", 1, 10**6)
+    steps: int = option(6000, "training steps: each a latent step and a weight update", 1, 10**9)
+    batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
     lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
-    muon_lr: float = option(0.02, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
+    muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
     warmup: int = option(100, "steps until the learning rates peak; a cosine then takes them to 0", 0, 10**9)
-    ema: float = option(0.0, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
+    ema: float = option(0.998, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
 
     def __post_init__(self):
         for f in fields(self):
@@ -156,7 +159,6 @@ SCHEMES = {  # what each changes of Config's defaults                  forward p
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
     "trm-medium": {**TRM, "T": 1, "n": 2, "n_sup": 16},  #                             16 * 1 * 3 = 48
 }
-DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 
 # ------------------------------------------------------------------------------------------------------------
 # §2  The maze task: generate, solve and check, whole batches at once
@@ -175,7 +177,7 @@ class Puzzles:
     x: torch.Tensor  # [N, L] uint8, the question
     y: torch.Tensor  # [N, L] uint8, the solution y*
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
-    order: torch.Tensor  # [N, L] int16, the round that gave a cell its final value; 0: it had it already
+    order: torch.Tensor  # [N, L] int16, the round in which a cell got its final value; 0: it never changed
 
     def stage(self, r: int) -> torch.Tensor:
         """The solver's answer after r rounds [N, L]: `draft` for r = 0, y from r = order.max() on."""
@@ -192,31 +194,31 @@ class Puzzles:
 
 
 def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform spanning trees of the side x side grid: each room's parent [count, N], the root's is itself.
+    """Uniform spanning trees of the side x side grid: each room's parent [count, side²], the root its own.
 
     Wilson's algorithm in its cycle-popping form (Propp & Wilson 1998), on all trees at once. Every room
     points at a random neighbour. Where pointers form a cycle, its rooms draw again. When no cycle is left,
     the pointers are a tree; every tree is equally likely, in whatever order the cycles were popped.
     """
-    N = side * side
-    room = torch.arange(N)
+    rooms = side * side
+    room = torch.arange(rooms)
     row, col = room // side, room % side
-    exists = torch.stack([row > 0, row < side - 1, col > 0, col < side - 1], 1)  # [N, 4]
+    exists = torch.stack([row > 0, row < side - 1, col > 0, col < side - 1], 1)  # [rooms, 4]
     degree, existing_first = exists.sum(1), (~exists).int().argsort(dim=1, stable=True)
-    neighbour = (room[:, None] + torch.tensor([-side, side, -1, 1])).gather(1, existing_first)  # [N, 4]
+    neighbour = (room[:, None] + torch.tensor([-side, side, -1, 1])).gather(1, existing_first)  # [rooms, 4]
 
     def draw(room):
         return neighbour[room, (torch.rand(room.shape, generator=generator) * degree[room]).long()]
 
-    root = N // 2
-    parent = draw(room.expand(count, N))  # [count, N]
+    root = rooms // 2
+    parent = draw(room.expand(count, rooms))  # [count, rooms]
     parent[:, root] = root
     live = torch.arange(count)  # the trees that may still have cycles
     while len(live):
-        reached = parent[live]  # pointer doubling: N moves or more end in a cycle or at the root
-        for _ in range(math.ceil(math.log2(N))):
+        reached = parent[live]  # pointer doubling: rooms or more moves end in a cycle or at the root
+        for _ in range(math.ceil(math.log2(rooms))):
             reached = reached.gather(1, reached)
-        on_cycle = torch.zeros(len(live), N, dtype=torch.bool).scatter_(1, reached, True)
+        on_cycle = torch.zeros(len(live), rooms, dtype=torch.bool).scatter_(1, reached, True)
         on_cycle[:, root] = False
         tree, again = on_cycle.nonzero(as_tuple=True)
         parent[live[tree], again] = draw(again)
@@ -232,7 +234,7 @@ def carve(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
     """
     side = size // 2 + 1
     parent, room = spanning_trees(count, side, generator), torch.arange(side * side)
-    cell = 2 * (room // side) * size + 2 * (room % side)  # [N]: where each room lies in the flattened maze
+    cell = 2 * (room // side) * size + 2 * (room % side)  # [rooms]: where each lies in the flattened maze
     x = torch.full((count, size * size), WALL, dtype=torch.uint8)
     x[:, cell] = OPEN
     x.scatter_(1, (cell + cell[parent]) // 2, OPEN)  # the cell midway between a room and its parent
@@ -272,7 +274,7 @@ def fingerprint(x: torch.Tensor) -> torch.Tensor:
     size = math.isqrt(x.shape[1])
     table = torch.randint(-(2**63), 2**63 - 1, (size, size), generator=torch.Generator().manual_seed(0))
     views = [t.rot90(k).flatten() for t in (table, table.T) for k in range(4)]
-    return ((x == WALL).long() @ torch.stack(views, 1)).amin(1)  # a random sum over the walls, from 8 sides
+    return ((x == WALL).long() @ torch.stack(views, 1)).amin(1)  # each wall has a random weight in every view
 
 
 def make_mazes(count: int, size: int = 11, split: str = "train", seed: int = 0) -> Puzzles:
@@ -355,8 +357,6 @@ class Conv(nn.Module):
     Information moves (kernel - 1) / 2 cells in a pass: a light cone that bounds what few passes can solve.
     """
 
-    axis = -1  # along which the norm after this mixer runs
-
     def __init__(self, cfg: Config, shape: tuple[int, int]):
         super().__init__()
         self.shape = shape
@@ -364,24 +364,21 @@ class Conv(nn.Module):
         lecun_(self.conv.weight, cfg.kernel**2)
 
     def forward(self, h):  # [B, L, D]
-        h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W], a view that channels_last fits
+        h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
         return self.conv(h).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
 
 
 class Attention(nn.Module):
     """Multi-head attention over all cells, rotary positions along the flattened grid (TRM's default)."""
 
-    axis = -1
-
     def __init__(self, cfg: Config, shape: tuple[int, int]):
         super().__init__()
         self.heads, d = cfg.heads, cfg.width // cfg.heads
         self.qkv, self.out = linear(cfg.width, 3 * cfg.width), linear(cfg.width, cfg.width)
-        angle = torch.arange(math.prod(shape))[:, None] / 10_000.0 ** (
-            torch.arange(0, d, 2) / d
-        )  # [L, d / 2]
-        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # [L, d]
-        self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
+        frequency = 10_000.0 ** -(torch.arange(0, d, 2) / d).repeat(2)  # [d]
+        angle = torch.outer(torch.arange(math.prod(shape)), frequency)  # [L, d]
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
 
     def rotate(self, q):  # [B, H, L, d]; channels i and i + d / 2 turn as a pair
         a, b = q.chunk(2, dim=-1)
@@ -395,8 +392,6 @@ class Attention(nn.Module):
 
 class PositionMLP(nn.Module):
     """A SwiGLU across the cells, the same for all channels: for one fixed length (TRM's for sudoku)."""
-
-    axis = -2  # as in TRM's code: the norm after this mixer runs along the cells as well
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
         super().__init__()
@@ -415,9 +410,10 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, shape: tuple[int, int]):
         super().__init__()
         self.mix, self.swiglu = MIXERS[cfg.mixer](cfg, shape), SwiGLU(cfg.width, cfg.ffn)
+        self.axis = -2 if cfg.mixer == "mlp" else -1  # as in TRM's code, the norm runs along what was mixed
 
     def forward(self, h):  # [B, L, D]
-        h = rms_norm(h + self.mix(h), self.mix.axis)
+        h = rms_norm(h + self.mix(h), self.axis)
         return rms_norm(h + self.swiglu(h))
 
 
@@ -441,7 +437,7 @@ class LoopedModel(nn.Module):
         if cfg.halt:
             self.halting = nn.Linear(D, 1)
             nn.init.zeros_(self.halting.weight)
-            nn.init.constant_(self.halting.bias, -5.0)  # "not solved yet", until training knows better
+            nn.init.constant_(self.halting.bias, -5.0)  # at first it says: not solved
         self.register_buffer("y0", lecun_(torch.empty(D), 1))  # never trained, and the same for every cell
         self.register_buffer("z0", lecun_(torch.empty(D), 1))
 
@@ -480,14 +476,15 @@ def guide(logits_u: torch.Tensor, logits_c: torch.Tensor, w: float) -> torch.Ten
 
 
 def advantage(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
-    """A(a) = log pi_c(a) - log pi_u(a) [.., V]: how strongly the step speaks for token a, by Bayes' rule."""
+    """A(a) = log pi_c(a) - log pi_u(a) [.., V], by Bayes' rule log p(o = 1 | a) up to a constant."""
     return logits_c.log_softmax(-1) - logits_u.log_softmax(-1)
 
 
 def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: float = 1.0) -> torch.Tensor:
     """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the true tokens y [..] (Prop. 4.1).
 
-    It is -dL/dw for L(w) = -log pi_w(y): above 0 the step helps, at 0 it is dead compute, below 0 it harms.
+    It is -dL/dw for L(w) = -log pi_w(y): above 0 more of the step helps, at 0 it is dead compute, below 0 less
+    of it would be better. As L is convex, a margin above 0 at w = 1 says that the whole step helped.
     """
     A, pi_w = advantage(logits_u, logits_c), guide(logits_u, logits_c, w).softmax(-1)
     return A.gather(-1, y[..., None]).squeeze(-1) - (pi_w * A).sum(-1)
@@ -495,11 +492,16 @@ def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: f
 
 def divergence(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
     """KL(pi_c || pi_u) [..] in nats: how far the step moved the policy, for good or ill. Needs no label."""
-    return (logits_c.softmax(-1) * advantage(logits_u, logits_c)).sum(-1)
+    return (
+        (logits_c.softmax(-1) * advantage(logits_u, logits_c)).sum(-1).clamp(min=0)
+    )  # rounding may go below
 
 
 # ------------------------------------------------------------------------------------------------------------
 # §5  Targets (paper section 5): Φ gives every step its own target y†_s, and the last one is y*
+#
+# If targets come closer to y* at every step and the model fits them, every step leaves fewer wrong cells and
+# has a positive expected margin (Prop. A.3, which assumes sufficient capacity and exact fitting).
 
 
 def final(x, y_star, share, noise):
@@ -538,11 +540,12 @@ def make_optimizers(model: LoopedModel, cfg: Config) -> list:
     return [(o, torch.optim.lr_scheduler.LambdaLR(o, factor)) for o in (muon, adam)]
 
 
-def halting(model, y, logits, y_star, s):
-    """TRM's adaptive computation time: the loss of the halting head, and which puzzles [B] it lets go.
+def act(model, y, logits, y_star, s):
+    """Adaptive computation time as TRM trains it: its loss, and which puzzles [B] may leave the batch.
 
-    The head reads the first cell of y [B, L, D] and predicts whether the answer is right. One time in ten, a
-    puzzle must stay for a random number of steps all the same, so that the head learns what they can do.
+    The halting head reads the first cell of y [B, L, D] and predicts whether the answer is right. One time in
+    ten, a puzzle must stay for a random number of steps all the same, so that the head learns what they can
+    do. Evaluation takes all N_sup steps, as TRM does.
     """
     q = model.halting(y[:, 0]).squeeze(-1)  # [B], a logit
     right = (logits.argmax(-1) == y_star).all(1)
@@ -551,13 +554,11 @@ def halting(model, y, logits, y_star, s):
 
 
 class Episodes:
-    """The training batch: B puzzles, each at a step of its own; whoever is done makes room for the next."""
+    """The training batch: B puzzles, each at its own step. Who is done is replaced by the next in line."""
 
     def __init__(self, cfg: Config, data: Puzzles, model: LoopedModel):
         B, device, self.data, self.model = cfg.batch_size, data.x.device, data, model
-        most = cfg.steps * B // (1 if cfg.halt else cfg.n_sup) + B  # puzzles that training can get to see
-        epochs = [torch.randperm(len(data)) for _ in range(most // len(data) + 1)]
-        self.line, self.seen = torch.cat(epochs).to(device), torch.tensor(0, device=device)
+        self.line, self.seen = torch.randperm(len(data)).to(device), torch.tensor(0, device=device)
         self.row = self.s = torch.zeros(B, dtype=torch.long, device=device)  # [B]: which puzzle, which step
         self.noise = torch.zeros(B, data.x.shape[1], device=device)  # [B, L], for the targets
         self.y, self.z = model.start(B)  # [B, L, D]
@@ -566,7 +567,7 @@ class Episodes:
     def advance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace the puzzles that are done and count one step on; returns x and y* [B, L]."""
         done, model = self.done, self.model
-        self.row = torch.where(done, self.line[self.seen + done.cumsum(0) - 1], self.row)
+        self.row = torch.where(done, self.line[(self.seen + done.cumsum(0) - 1) % len(self.line)], self.row)
         self.noise = torch.where(done[:, None], torch.rand_like(self.noise), self.noise)
         self.y = torch.where(done[:, None, None], model.y0, self.y)
         self.z = torch.where(done[:, None, None], model.z0, self.z)
@@ -574,40 +575,21 @@ class Episodes:
         return self.data.x[self.row], self.data.y[self.row]
 
 
-class Watch:
-    """Looks at the losses, about 200 times in a run, as GPUs must be waited for; keeps what worked."""
+def train(cfg: Config, data: Puzzles, watch=lambda step, loss, model: "") -> tuple[LoopedModel, dict]:
+    """Train a fresh model on `data`, on the device that holds it; returns it (averaged if cfg.ema) and facts.
 
-    def __init__(self, model: nn.Module, steps: int, report: Callable):
-        self.model, self.steps, self.report, self.losses = model, steps, report, []
-        self.good = self.newest = copy.deepcopy(model.state_dict())
-
-    def __call__(self, step: int, loss: torch.Tensor) -> str:
-        """Why training has to stop, "" if all is well. If so, the model gets the last good weights back."""
-        self.losses.append(loss)
-        if step < self.steps and step % max(1, self.steps // 200):
-            return ""
-        values, self.losses = torch.stack(self.losses).tolist(), []
-        bad = [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]
-        if bad:
-            self.model.load_state_dict(self.good)
-            return f"the loss was no longer finite at step {bad[0]}"
-        self.good, self.newest = self.newest, copy.deepcopy(self.model.state_dict())  # newest: not yet proven
-        self.report(step, values, self.model)
-        return ""
-
-
-def train(cfg: Config, data: Puzzles, stop=lambda: False, report=lambda *_: None) -> tuple[LoopedModel, dict]:
-    """Train a fresh model by `cfg` on `data`, where the data is; returns it (averaged, if cfg.ema) and facts.
-
-    `stop()` is asked after every step and ends training when true; `report(step, losses, model)` is called
-    about 200 times. facts["stopped"] is what ended training early: an interrupt, a loss not finite, or "".
+    Without halting, all rows of the batch keep step, and this is the paper's pair of loops:
+        for x, y* in batches:  y, z <- y0, z0;  for s = 1 .. N_sup:  y, z <- step s;  loss; update; detach
+    With halting, rows are done at different times, so each counts its own s and is replaced alone.
+    `watch` is called before the first step (0, None, model) and after every one; any text that it returns
+    ends training and becomes facts["stopped"].
     """
     torch.manual_seed(cfg.seed)
-    model, began, step, stopped = LoopedModel(cfg).to(data.x.device), time.perf_counter(), 0, ""
+    model, began = LoopedModel(cfg).to(data.x.device), time.perf_counter()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
     kept = average.module if average else model
-    watch, optimizers = Watch(kept, cfg.steps, report), make_optimizers(model, cfg)
-    batch, phi = Episodes(cfg, data, model), TARGETS[cfg.target]
+    optimizers, batch, phi = make_optimizers(model, cfg), Episodes(cfg, data, model), TARGETS[cfg.target]
+    step, stopped = 0, watch(0, None, kept)
 
     while step < cfg.steps and not stopped:
         step += 1
@@ -618,8 +600,8 @@ def train(cfg: Config, data: Puzzles, stop=lambda: False, report=lambda *_: None
         logits = model.readout(y)  # [B, L, V]
         loss, done = F.cross_entropy(logits.flatten(0, 1), y_dagger.flatten().long()), batch.s == cfg.n_sup
         if cfg.halt:
-            halting_loss, let_go = halting(model, y, logits, y_star, batch.s)
-            loss, done = loss + halting_loss, done | let_go
+            act_loss, may_go = act(model, y, logits, y_star, batch.s)
+            loss, done = loss + act_loss, done | may_go
 
         loss.backward()
         for optimizer, schedule in optimizers:
@@ -629,7 +611,7 @@ def train(cfg: Config, data: Puzzles, stop=lambda: False, report=lambda *_: None
         if average:
             average.update_parameters(model)
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
-        stopped = watch(step, loss.detach()) or ("interrupted" if stop() else "")
+        stopped = watch(step, loss.detach(), kept)
 
     facts = {"steps_done": step, "examples_seen": batch.seen.item(), "stopped": stopped}
     return kept, {**facts, "train_seconds": round(time.perf_counter() - began, 2)}
@@ -638,14 +620,9 @@ def train(cfg: Config, data: Puzzles, stop=lambda: False, report=lambda *_: None
 # ------------------------------------------------------------------------------------------------------------
 # §7  Evaluation: one rollout gives the logits around every step; all else is computed from them
 
-METRICS = {  # of every step; averages over puzzles, or over all cells of all puzzles
-    "exact": "puzzles solved",
-    "cells": "cells right",
-    "logp": "log π(y*), nats per cell",
-    "margin": "advantage margin at w = 1",
-    "kl": "KL(π_c ‖ π_u), nats per cell",
-    "margin_positive": "cells with positive margin",
-}
+# Averages, for every step: puzzles solved, cells right, log pi_c(y*), margin at w = 1, KL(pi_c || pi_u), and
+# the share of cells with a positive margin (at a dead step, that is up to rounding).
+METRICS = ("exact", "cells", "logp", "margin", "kl", "margin_positive")
 
 
 @torch.no_grad()
@@ -695,12 +672,22 @@ def pyplot():
     return plt
 
 
+LABELS = {
+    "exact": "puzzles solved",
+    "cells": "cells right",
+    "logp": "log π(y*), nats per cell",
+    "margin": "advantage margin at w = 1",
+    "kl": "KL(π_c ‖ π_u), nats per cell",
+    "margin_positive": "cells with positive margin",
+}
+
+
 def draw_improvement(curves: dict, title: str, path: Path) -> None:
     """All METRICS over the steps, a panel each."""
     plt = pyplot()
     fig, axes = plt.subplots(2, 3, figsize=(10, 5.4), layout="constrained", sharex=True)
     fig.suptitle(title)
-    for ax, (name, label) in zip(axes.flat, METRICS.items(), strict=True):
+    for ax, (name, label) in zip(axes.flat, LABELS.items(), strict=True):
         ax.plot(range(1, len(curves[name]) + 1), curves[name], "o-", color="#0072b2", ms=4)
         ax.set_title(label, fontsize=10)
         ax.grid(alpha=0.3)
@@ -719,15 +706,16 @@ def draw_improvement(curves: dict, title: str, path: Path) -> None:
     plt.close(fig)
 
 
-def solution_frames(model: LoopedModel, puzzle: Puzzles) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(caption, tokens [L], wrong cells [L]) of a puzzle: the question, each step's answer, the solution."""
-    x, y_star, frames = puzzle.x, puzzle.y, []
+def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
+    """[(caption, tokens [L], wrong cells [L]), ..]: question, each step's answer, solution; how it went."""
+    x, y_star, frames, found = puzzle.x, puzzle.y, [], "not solved"
     for s, (_, logits) in enumerate(rollout(model, x), 1):
         answer = logits.argmax(-1)  # [1, L]
         wrong, solved = answer != y_star, TASKS[model.cfg.task].solved(x, answer).item()
         frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong[0]))
+        found = f"solved at step {s}" if solved and found == "not solved" else found
     none = torch.zeros_like(frames[0][2])
-    return [("puzzle", x[0], none), *frames, ("solution", y_star[0], none)]
+    return [("puzzle", x[0], none), *frames, ("solution", y_star[0], none)], found
 
 
 def draw_frame(ax, legend: dict, caption: str, tokens, wrong) -> None:
@@ -747,14 +735,11 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.patches import Patch
 
-    legend, frames = TASKS[model.cfg.task].legend, solution_frames(model, puzzle)
-    found = next(
-        (f"solved at step {s}" for s, f in enumerate(frames) if f[0].endswith("solved")), "not solved"
-    )
+    legend, (frames, found) = TASKS[model.cfg.task].legend, solution_frames(model, puzzle)
     cols = 4 if len(frames) <= 8 else 6
     rows = math.ceil(len(frames) / cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
-    fig.suptitle(f"The held-out {model.cfg.task} with the longest solution: {found}")
+    fig.suptitle(f"A held-out {model.cfg.task}, its solution longer than that of 99 in 100: {found}")
     for ax, frame in zip(axes.flat, frames, strict=False):
         draw_frame(ax, legend, *frame)
     for ax in axes.flat[len(frames) :]:
@@ -772,9 +757,8 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
         ax.clear()
         draw_frame(ax, legend, *frames[i])
 
-    animation = FuncAnimation(
-        fig, show, [*range(len(frames) - 1), len(frames) - 2]
-    )  # lingers on the last answer
+    order = [*range(len(frames) - 1), len(frames) - 2]  # lingers on the last answer
+    animation = FuncAnimation(fig, show, order)
     with replacing(out / "solution.gif") as beside:
         animation.save(beside, writer=PillowWriter(fps=1), dpi=90)
     plt.close(fig)
@@ -782,9 +766,10 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# §9  Files: written beside their place and renamed when complete; read with suspicion
+# §9  Files: written beside their place and renamed when complete; checked when read
 
-RUN_OPTIONS = {"device", "out", "figures", "test_size"}  # may differ between training and a later evaluation
+RUN_OPTIONS = ("device", "out", "figures", "test_size")  # may differ between training and a later evaluation
+FACTS = {"steps_done": int, "examples_seen": int, "train_seconds": float, "stopped": str}  # of the training
 
 
 @contextmanager
@@ -809,8 +794,11 @@ def prepare_folder(out: Path) -> Path:
 
 
 def save_checkpoint(path: Path, model: LoopedModel, facts: dict) -> None:
+    """Write what `load_checkpoint` reads. Raises `OSError` if it cannot; an older file then stays."""
+    content = io.BytesIO()
+    torch.save({"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts}, content)
     with replacing(path) as beside:
-        torch.save({"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts}, beside)
+        beside.write_bytes(content.getvalue())
 
 
 def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
@@ -825,12 +813,16 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         raise UserError(f"--eval {path}: truncated, or not a checkpoint; {wanted}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        trained, facts = Config(**content["config"]), dict(content["facts"])
-        model = LoopedModel(replace(trained, **{k: v for k, v in given.items() if k in RUN_OPTIONS}))
+        trained = Config(**content["config"])
+        facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
+        here = {name: given.get(name, getattr(Config, name)) for name in RUN_OPTIONS[:3]}
+        model = LoopedModel(replace(trained, **here, test_size=given.get("test_size", trained.test_size)))
         model.load_state_dict(content["model"])
-    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # what a damaged or foreign file makes torch.load and the rest raise has no end
         why = str(e) if isinstance(e, UserError) else type(e).__name__
         raise UserError(f"--eval {path}: not a checkpoint of this version ({why}); {wanted}") from e
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise UserError(f"--eval {path}: has weights that are not finite; {wanted}")
     for name, value in given.items():
         if name not in RUN_OPTIONS and value != getattr(trained, name):
             raise UserError(
@@ -851,28 +843,25 @@ class Parser(argparse.ArgumentParser):
 def parse(argv) -> dict:
     """The options that were given on the command line: fields of `Config`, and `eval`."""
     parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--eval", default="", metavar="CHECKPOINT", help="evaluate this model.pt; do not train"
-    )
+    parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
     for f in fields(Config):
 
         def read(text, f=f):
             try:
                 return f.type(text)
             except ValueError:
-                raise argparse.ArgumentTypeError(f"{text}: must be {allowed(f)}") from None
+                raise UserError(f"{flag(f.name)} {text}: must be {allowed(f)}") from None
 
-        by_scheme = "".join(
-            f", {name}: {scheme[f.name]}" for name, scheme in SCHEMES.items() if f.name in scheme
-        )
-        help = f"{f.metadata['help']}; {allowed(f)} [{f.default}{by_scheme}]".replace("%", "%%")
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if f.type is bool
-            else {"type": read, "metavar": "VALUE"}
-        )
+        schemes = [f", {name}: {scheme[f.name]}" for name, scheme in SCHEMES.items() if f.name in scheme]
+        help = f"{f.metadata['help']}; {allowed(f)} [{f.default}{''.join(schemes)}]".replace("%", "%%")
+        kind = {"type": read, "metavar": "VALUE"}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
     return vars(parser.parse_args(argv))
+
+
+DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 
 
 def pick_device(name: str) -> torch.device:
@@ -883,25 +872,46 @@ def pick_device(name: str) -> torch.device:
     return torch.device(there[0] if name == "auto" else name)
 
 
-class Progress:
-    """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
+class Watch:
+    """What the command line does during training: show progress, heed Ctrl-C, and stop when the loss is lost.
 
-    def __init__(self, steps: int, held_out: Puzzles):
-        self.steps, self.held_out, self.exact, self.tenth = steps, held_out, float("nan"), 0
+    Losses are looked at about 200 times, as a GPU must be waited for. Weights seen then count as good once
+    the losses up to the next look are finite; the last good ones come back when some are not.
+    """
+
+    def __init__(self, steps: int, held_out: Puzzles, interrupts: list):
+        self.steps, self.held_out, self.interrupts = steps, held_out, interrupts
+        self.good = self.newest = None  # (step, weights)
+        self.losses, self.tenth, self.exact = [], 0, ""
         self.began, self.live = time.perf_counter(), sys.stdout.isatty()
 
-    def __call__(self, step: int, losses: list[float], model: LoopedModel) -> None:
-        share, fresh, self.tenth = (
-            step / self.steps,
-            10 * step // self.steps > self.tenth,
-            10 * step // self.steps,
-        )
-        if fresh:
-            self.exact = evaluate(model, self.held_out)["exact"][-1]
-        if fresh or self.live:
+    def __call__(self, step: int, loss: torch.Tensor | None, model: LoopedModel) -> str:
+        self.losses += [] if loss is None else [loss]
+        if step % max(1, self.steps // 200) and step < self.steps and not self.interrupts:
+            return ""
+        values, self.losses = [v.item() for v in self.losses], []
+        bad = [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]
+        if bad or not all(v.isfinite().all() for v in model.state_dict().values()):
+            model.load_state_dict(self.good[1])
+            return (
+                f"the loss is no longer finite at step {(bad or [step + 1])[0]}, kept is step {self.good[0]}"
+            )
+        now = (step, copy.deepcopy(model.state_dict()))
+        self.good, self.newest = self.newest or now, now
+        if step:
+            self.show(step, sum(values) / len(values), model)
+        return "interrupted" if self.interrupts else ""
+
+    def show(self, step: int, loss: float, model: LoopedModel) -> None:
+        """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
+        share, tenth, before = step / self.steps, 10 * step // self.steps, self.tenth
+        if tenth > before:
+            self.tenth = tenth
+            self.exact = f"  held-out solved {evaluate(model, self.held_out)['exact'][-1]:.1%}"
+        if tenth > before or self.live:
             took = time.perf_counter() - self.began
-            line = f"{share:4.0%}  step {step}  loss {sum(losses) / len(losses):.4f}"
-            line += f"  held-out solved {self.exact:.1%}  {took:.0f} s, {took / share - took:.0f} s left"
+            line = f"{share:4.0%}  step {step}  loss {loss:.4f}{self.exact}"
+            line += f"  {took:.0f} s, {took / share - took:.0f} s left"
             start, end = ("\r\033[K", "" if step < self.steps else "\n") if self.live else ("", "\n")
             print(start + line, end=end, flush=True)
 
@@ -912,22 +922,23 @@ def print_table(curves: dict) -> None:
         print("{:4}  {:8.1%}  {:6.1%}  {:10.5f}  {:9.5f}  {:10.5f}  {:10.1%}".format(s, *row))
 
 
-def obtain(given: dict, checkpoint: str, interrupts: list) -> tuple[LoopedModel, dict, Path]:
+def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[LoopedModel, dict, Path]:
     """The model, loaded or freshly trained and saved; facts of its training; the folder for results."""
-    model, facts = load_checkpoint(checkpoint, **given) if checkpoint else (None, {})
+    model, facts = (None, {}) if checkpoint is None else load_checkpoint(checkpoint, **given)
     cfg = model.cfg if model else configure(**given)
-    folder = Path(checkpoint).parent / "eval" if checkpoint else Path("runs") / f"{cfg.task}-{cfg.scheme}"
+    folder = Path(checkpoint).parent / "eval" if model else Path("runs") / f"{cfg.task}-{cfg.scheme}"
     device, task, out = pick_device(cfg.device), TASKS[cfg.task], prepare_folder(Path(cfg.out or folder))
     if cfg.figures:
         pyplot()  # if it is missing, say so now and not after the training
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
     if not model:
-        data = task.make(cfg.train_size, cfg.size, "train", cfg.seed).to(device)
-        progress = Progress(cfg.steps, task.make(min(200, cfg.test_size), cfg.size, "valid").to(device))
-        model, facts = train(cfg, data, lambda: bool(interrupts), progress)
+        most = cfg.batch_size * (cfg.steps if cfg.halt else -(-cfg.steps // cfg.n_sup))  # that can get seen
+        data = task.make(min(cfg.train_size, most), cfg.size, "train", cfg.seed).to(device)
+        held_out = task.make(min(200, cfg.test_size), cfg.size, "valid").to(device)
+        model, facts = train(cfg, data, Watch(cfg.steps, held_out, interrupts))
         save_checkpoint(out / "model.pt", model, facts)
         if facts["stopped"]:
-            print(f"\nlrpi: {facts['stopped']}; what was learnt is kept and evaluated", file=sys.stderr)
+            print(f"\nlrpi: {facts['stopped']}; saved and now evaluated", file=sys.stderr)
     return model.to(device), facts, out
 
 
@@ -935,6 +946,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; evaluate it, draw and write what was found. Returns the exit code."""
     checkpoint = given.pop("eval")
     model, facts, out = obtain(given, checkpoint, interrupts)
+    fresh = checkpoint is None
     cfg, params = model.cfg, sum(p.numel() for p in model.parameters())
     test = TASKS[cfg.task].make(cfg.test_size, cfg.size, "test").to(model.y0.device)
     curves = evaluate(model, test)
@@ -942,33 +954,45 @@ def run(given: dict, started: float, interrupts: list) -> int:
     first, last = (f"{curves['exact'][s]:.1%}" for s in (0, -1))
     passes = f"{curves['passes']} forward passes each"
     print(f"\n{last} of {len(test)} held-out puzzles solved, with {passes}, by {params:,} parameters")
-    written = ["metrics.json"] if checkpoint else ["model.pt", "metrics.json"]
+    written = ["model.pt"] * fresh + ["metrics.json"]
     if cfg.figures:
         title = f"{cfg.task}, {cfg.scheme}: solved after the first step {first}, after the last {last}"
         draw_improvement(curves, f"{title} of {len(test)} held-out puzzles", out / "improvement.png")
-        longest = (test.x != test.y).sum(1).argmax()
-        written += ["improvement.png", *draw_solution(model, test[longest][None], out)]
+        long = (test.x != test.y).sum(1).argsort()[-1 - len(test) // 100]  # 99 in 100 have a shorter solution
+        written += ["improvement.png", *draw_solution(model, test[long][None], out)]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
     metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **curves}
     metrics |= {"total_seconds": round(time.perf_counter() - started, 2), "config": asdict(cfg)}
     with replacing(out / "metrics.json") as beside:
         beside.write_text(json.dumps(metrics, indent=1))
     print(f"{metrics['total_seconds']:.0f} s in all; wrote {', '.join(written)}")
-    return 130 if interrupts else 2 if facts["stopped"] and not checkpoint else 0
+    return 130 if interrupts else 2 if facts["stopped"] and fresh else 0
 
 
 def main(argv=None, started: float | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 after bad input or a diverged loss, 130 after Ctrl-C."""
-    interrupts = []  # the first Ctrl-C ends training in good order, the second ends the program
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(True))
+    interrupts = []
+
+    def interrupt(*_):  # the first Ctrl-C ends training in good order, the second ends the program
+        if interrupts:
+            sys.exit(130)
+        interrupts.append(True)
+        os.write(2, b"\nlrpi: interrupted, finishing up; Ctrl-C again to quit at once\n")
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         return run(parse(argv), time.perf_counter() if started is None else started, interrupts)
     except UserError as e:
         print(f"lrpi: {e}", file=sys.stderr)
-        return 2
+    except OSError as e:
+        print(
+            f"lrpi: {e.filename or '--out'}: {e.strerror}; must be a place that can be written",
+            file=sys.stderr,
+        )
     finally:
         signal.signal(signal.SIGINT, before)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(started=time.perf_counter() - time.process_time()))  # so that the imports count, too
+    sys.exit(main(started=time.perf_counter() - time.process_time()))  # imports count, by their CPU time
