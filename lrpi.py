@@ -483,8 +483,8 @@ def advantage(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
 def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: float = 1.0) -> torch.Tensor:
     """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the true tokens y [..] (Prop. 4.1).
 
-    It is -dL/dw for L(w) = -log pi_w(y): above 0 more of the step helps, at 0 it is dead compute, below 0 less
-    of it would be better. As L is convex, a margin above 0 at w = 1 says that the whole step helped.
+    It is -dL/dw for L(w) = -log pi_w(y): above 0 more of the step helps, at 0 it is dead compute, below 0
+    less of it would be better. As L is convex, a margin above 0 at w = 1 says that the whole step helped.
     """
     A, pi_w = advantage(logits_u, logits_c), guide(logits_u, logits_c, w).softmax(-1)
     return A.gather(-1, y[..., None]).squeeze(-1) - (pi_w * A).sum(-1)
@@ -722,10 +722,10 @@ def draw_frame(ax, legend: dict, caption: str, tokens, wrong) -> None:
     """Tokens [L] as coloured cells; a cross marks those that are `wrong` [L]."""
     from matplotlib.colors import ListedColormap
 
-    cells, (rows, cols) = grid(tokens[None])[0], grid(wrong[None])[0].nonzero(as_tuple=True)
-    ax.imshow(cells.cpu(), cmap=ListedColormap(list(legend.values())), vmin=0, vmax=len(legend) - 1)
+    cells, (rows, cols) = grid(tokens[None])[0].cpu().numpy(), grid(wrong[None])[0].cpu().numpy().nonzero()
+    ax.imshow(cells, cmap=ListedColormap(list(legend.values())), vmin=0, vmax=len(legend) - 1)
     for colour, width in (("white", 3), ("black", 1.2)):  # black with a white rim: seen on any colour
-        ax.plot(cols.cpu(), rows.cpu(), "x", color=colour, ms=44 / len(cells), mew=width)
+        ax.plot(cols, rows, "x", color=colour, ms=44 / len(cells), mew=width)
     ax.set(title=caption, xticks=[], yticks=[])
 
 
@@ -736,10 +736,11 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
     from matplotlib.patches import Patch
 
     legend, (frames, found) = TASKS[model.cfg.task].legend, solution_frames(model, puzzle)
+    frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 17) for k in range(18)})]  # 18 at most
     cols = 4 if len(frames) <= 8 else 6
     rows = math.ceil(len(frames) / cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
-    fig.suptitle(f"A held-out {model.cfg.task}, its solution longer than that of 99 in 100: {found}")
+    fig.suptitle(f"A held-out {model.cfg.task} from the 1% with the longest solutions: {found}")
     for ax, frame in zip(axes.flat, frames, strict=False):
         draw_frame(ax, legend, *frame)
     for ax in axes.flat[len(frames) :]:
@@ -812,7 +813,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     if not zipfile.is_zipfile(path):  # a zip file ends with its directory, so a truncated one is none
         raise UserError(f"--eval {path}: truncated, or not a checkpoint; {wanted}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
         trained = Config(**content["config"])
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         here = {name: given.get(name, getattr(Config, name)) for name in RUN_OPTIONS[:3]}
@@ -825,9 +826,8 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         raise UserError(f"--eval {path}: has weights that are not finite; {wanted}")
     for name, value in given.items():
         if name not in RUN_OPTIONS and value != getattr(trained, name):
-            raise UserError(
-                f"{flag(name)} {value}: --eval {path} allows only {getattr(trained, name)}, as trained"
-            )
+            only = getattr(trained, name)
+            raise UserError(f"{flag(name)} {value}: --eval {path} allows only {only}, as trained")
     return model, facts
 
 
@@ -893,9 +893,8 @@ class Watch:
         bad = [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]
         if bad or not all(v.isfinite().all() for v in model.state_dict().values()):
             model.load_state_dict(self.good[1])
-            return (
-                f"the loss is no longer finite at step {(bad or [step + 1])[0]}, kept is step {self.good[0]}"
-            )
+            first = bad[0] if bad else step + 1
+            return f"the loss is no longer finite at step {first}, kept is step {self.good[0]}"
         now = (step, copy.deepcopy(model.state_dict()))
         self.good, self.newest = self.newest or now, now
         if step:
@@ -956,9 +955,9 @@ def run(given: dict, started: float, interrupts: list) -> int:
     print(f"\n{last} of {len(test)} held-out puzzles solved, with {passes}, by {params:,} parameters")
     written = ["model.pt"] * fresh + ["metrics.json"]
     if cfg.figures:
-        title = f"{cfg.task}, {cfg.scheme}: solved after the first step {first}, after the last {last}"
-        draw_improvement(curves, f"{title} of {len(test)} held-out puzzles", out / "improvement.png")
-        long = (test.x != test.y).sum(1).argsort()[-1 - len(test) // 100]  # 99 in 100 have a shorter solution
+        title = f"{cfg.task}, {cfg.scheme}: {first} of {len(test)} held-out puzzles solved after step 1, "
+        draw_improvement(curves, f"{title}{last} after step {cfg.n_sup}", out / "improvement.png")
+        long = (test.x != test.y).sum(1).argsort()[-1 - len(test) // 100]  # not the longest of all, but of 1%
         written += ["improvement.png", *draw_solution(model, test[long][None], out)]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
     metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **curves}
@@ -985,10 +984,7 @@ def main(argv=None, started: float | None = None) -> int:
     except UserError as e:
         print(f"lrpi: {e}", file=sys.stderr)
     except OSError as e:
-        print(
-            f"lrpi: {e.filename or '--out'}: {e.strerror}; must be a place that can be written",
-            file=sys.stderr,
-        )
+        print(f"lrpi: {e.filename or '--out'}: {e.strerror}; must be a place to write to", file=sys.stderr)
     finally:
         signal.signal(signal.SIGINT, before)
     return 2

@@ -470,10 +470,10 @@ def record(into):
 
 def test_learns_7x7_mazes():
     """From scratch in half a minute: an untrained model solves none of these mazes, this one most of them."""
-    cfg, losses = lrpi.configure(size=7, steps=900), []
-    model, facts = lrpi.train(cfg, lrpi.make_mazes(1800, 7), record(losses))
+    cfg, losses = lrpi.configure(size=7, steps=1500), []
+    model, facts = lrpi.train(cfg, lrpi.make_mazes(3000, 7), record(losses))
     curves = lrpi.evaluate(model, lrpi.make_mazes(300, 7, "test"))
-    assert facts["steps_done"] == len(losses) == 900 and facts["examples_seen"] == 900 * 12 // 6
+    assert facts["steps_done"] == len(losses) == 1500 and facts["examples_seen"] == 1500 * 12 // 6
     assert sum(losses[-48:]) < 0.5 * sum(losses[:48])
     assert curves["exact"][-1] > 0.8
     assert curves["exact"][-1] > curves["exact"][0] and curves["logp"][-1] > curves["logp"][0]
@@ -795,6 +795,17 @@ def test_figures_are_pictures_and_the_animation_has_all_frames(trained):
         assert image.format == "GIF" and image.n_frames >= 2
 
 
+def test_a_long_rollout_is_drawn_in_18_frames_at_most(tmp_path):
+    from PIL import Image
+
+    model = lrpi.LoopedModel(tiny(n_sup=40, width=8, ffn=8))
+    lrpi.draw_solution(model, lrpi.make_mazes(1, 5), tmp_path)
+    with Image.open(tmp_path / "solution.png") as image:
+        assert image.width < 1600 and image.height < 1000
+    with Image.open(tmp_path / "solution.gif") as image:
+        assert 2 <= image.n_frames <= 18
+
+
 def without_times(path):
     metrics = json.loads(path.read_text())
     return {k: v for k, v in metrics.items() if k not in ("total_seconds", "config")}
@@ -854,7 +865,7 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--lr", "inf"], ["--lr", "inf", "number"]),
     (["--lr", "-1"], ["--lr", "-1", "from 0"]),
     (["--ema", "1"], ["--ema", "1", "0.99"]),
-    (["--mixer", "attention", "--heads", "5"], ["--heads", "5", "48"]),
+    (["--mixer", "attention", "--heads", "5"], ["--heads", "5", "64"]),
     (["--device", "tpu"], ["--device", "tpu", "cpu"]),
     (["--eval", "nowhere.pt"], ["--eval", "nowhere.pt", "no such file"]),
     (["--out", "/dev/null/x"], ["--out", "/dev/null/x", "folder"]),
