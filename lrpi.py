@@ -645,9 +645,10 @@ def measure(task: Task, x, y_star, logits_u, logits_c) -> torch.Tensor:
     return torch.stack([task.solved(x, answer).float(), *(m.float().mean(1) for m in per_cell)])
 
 
-def evaluate(model: LoopedModel, puzzles: Puzzles, n_sup: int = 0, batch: int = 100) -> dict:
+def evaluate(model: LoopedModel, puzzles: Puzzles, n_sup: int = 0, batch: int = 0) -> dict:
     """{metric: [its value after each of S steps]} over the puzzles; "passes": what each took, as counted."""
     task, total, before = TASKS[model.cfg.task], 0, model.forward_passes
+    batch = batch or max(1, 12_000 // puzzles.x.shape[1])  # so many cells fit into any memory
     for i in (starts := range(0, len(puzzles), batch)):
         x, y_star = puzzles.x[i : i + batch], puzzles.y[i : i + batch]
         steps = [measure(task, x, y_star, *logits).sum(1) for logits in rollout(model, x, n_sup)]
