@@ -7,16 +7,17 @@ ones do the work?
 THE IDEA, after "Your Latent Reasoning is Secretly Policy Improvement Operator" (arXiv 2511.16886):
   1. The model keeps an answer y and a scratchpad z, and refines both step by step, looking at the puzzle x.
   2. A readout turns y into logits over tokens for every cell. Those before a step, l_u, make the reference
-     policy pi_u = softmax(l_u); those after it, l_c, the conditional policy pi_c. It added delta = l_c - l_u.
+     policy pi_u = softmax(l_u); those after it, l_c, the conditional policy pi_c. Let delta = l_c - l_u.
   3. One can go further along delta, or less far: l_w = l_u + w delta. That is classifier-free guidance, known
      from diffusion models; w = 1 is the step as the model took it.
   4. Read pi_c as pi_u conditioned on success, o = 1. By Bayes' rule p(o = 1 | a) ∝ pi_c(a) / pi_u(a), so
      A(a) = log pi_c(a) - log pi_u(a) scores token a as an advantage does in reinforcement learning, and the
-     step is a step of policy improvement. More of it helps exactly where A of the true token exceeds the mean
-     of A under the guided policy. The difference is the *advantage margin*: 0 is dead compute, below 0 harms.
-  5. So give every step a target of its own, closer to the solution than the last: Deep Improvement
-     Supervision (DIS). It takes 18 forward passes where the Tiny Recursive Model (TRM, arXiv 2510.04871)
-     takes 336.
+     step is a step of policy improvement. Where A of the true token exceeds the mean of A under the guided
+     policy, more of the step helps; where it falls short, less of it would. The difference is the *advantage
+     margin*. Near 0, the step is dead compute if it did not move the policy, and of the right size if it did.
+  5. The paper therefore gives every step a target of its own, closer to the solution than the last: Deep
+     Improvement Supervision (DIS). It reports that 18 forward passes then do what takes the Tiny Recursive Model
+     (TRM, arXiv 2510.04871) 336. What holds of that on mazes stands in the README.
 
 THE LETTERS
   x, y, z    the puzzle, the current answer, the scratchpad, embedded: [B, L, D]
@@ -37,7 +38,7 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - The default token mixer is a local convolution: on a CPU it learns mazes far faster than attention does.
     TRM's own block is --mixer attention (or mlp) --layers 2 --ffn 0; its widths are larger, too.
   - `reveal` follows a concave schedule, (s / N_sup)^0.3. Which cells get revealed cannot be predicted, so
-    below one half the best guess at a reveal is the bare puzzle: a linear schedule wastes half of its steps.
+    below one half the best guess at a reveal is the bare puzzle: a linear schedule wastes those steps.
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
@@ -81,8 +82,9 @@ def option(default, help, low=None, high=None, odd=False, choices=None):
 
 @dataclass(frozen=True)
 class Config:
-    """What defines a run. The defaults are `dis`; to get another scheme, call `configure(scheme=...)`.
+    """What defines a run. The defaults are scheme `dis`.
 
+    `Config(scheme="trm")` would change the label only; the values come with `configure(scheme="trm")`.
     Raises `UserError` for any value out of range, so that no run can start with one.
     """
 
@@ -110,14 +112,14 @@ class Config:
     recall: bool = option(True, "let the y update see x too")
     step_index: bool = option(True, "tell the model which step it is at")
 
-    train_size: int = option(20000, "puzzles to train on", 1, 10**8)
+    train_size: int = option(20000, "puzzles to train on, at most: no more are made than get seen", 1, 10**8)
     test_size: int = option(1000, "held-out puzzles for the final evaluation", 1, 10**7)
     steps: int = option(6000, "training steps: each a latent step and a weight update", 1, 10**9)
     batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
     lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
     muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
-    warmup: int = option(100, "steps until the learning rates peak; a cosine then takes them to 0", 0, 10**9)
+    warmup: int = option(100, "steps of linear warm-up, on top of a cosine that ends at 0", 0, 10**9)
     ema: float = option(0.998, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
 
     def __post_init__(self):
@@ -153,7 +155,7 @@ def configure(**given) -> Config:
     return Config(**{**SCHEMES.get(given.get("scheme", Config.scheme), {}), **given})
 
 
-TRM = {"target": "final", "recall": False, "step_index": False, "halt": True, "ema": 0.999, "steps": 16000}
+TRM = {"target": "final", "recall": False, "step_index": False, "halt": True, "ema": 0.999, "steps": 8000}
 SCHEMES = {  # what each changes of Config's defaults                  forward passes: n_sup T (n + 1)
     "dis": {},  #                                                                       6 * 1 * 3 = 18
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
@@ -204,6 +206,7 @@ def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.T
     room = torch.arange(rooms)
     row, col = room // side, room % side
     exists = torch.stack([row > 0, row < side - 1, col > 0, col < side - 1], 1)  # [rooms, 4]
+    # neighbours that exist come first, so that a room's are the first `degree` columns of its row
     degree, existing_first = exists.sum(1), (~exists).int().argsort(dim=1, stable=True)
     neighbour = (room[:, None] + torch.tensor([-side, side, -1, 1])).gather(1, existing_first)  # [rooms, 4]
 
@@ -215,7 +218,7 @@ def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.T
     parent[:, root] = root
     live = torch.arange(count)  # the trees that may still have cycles
     while len(live):
-        reached = parent[live]  # pointer doubling: rooms or more moves end in a cycle or at the root
+        reached = parent[live]  # doubling the moves: after `rooms` or more, one is on a cycle or at the root
         for _ in range(math.ceil(math.log2(rooms))):
             reached = reached.gather(1, reached)
         on_cycle = torch.zeros(len(live), rooms, dtype=torch.bool).scatter_(1, reached, True)
@@ -300,7 +303,7 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     kept = torch.where(asked == OPEN, (said == OPEN) | (said == PATH), said == asked)
     on = (said == PATH) | (said == START) | (said == GOAL)
     line = ~on | (neighbours(on) == torch.where(said == PATH, 2, 1))  # marked neighbours: 1 at ends, else 2
-    reached = said == START  # a path with a closed loop beside it passes, too: so flood from the start
+    reached = said == START  # a closed loop beside the path meets `line`, too: so flood from the start
     while (more := on & ~reached & (neighbours(reached) > 0)).any():
         reached |= more
     return (kept & line & (reached == on)).all((1, 2))
@@ -354,7 +357,7 @@ class SwiGLU(nn.Module):
 class Conv(nn.Module):
     """Depthwise convolution: each channel mixes a kernel x kernel window of the grid.
 
-    Information moves (kernel - 1) / 2 cells in a pass: a light cone that bounds what few passes can solve.
+    Information moves (kernel - 1) / 2 cells at most in a pass: a light cone that bounds what few can solve.
     """
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
@@ -483,8 +486,9 @@ def advantage(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
 def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: float = 1.0) -> torch.Tensor:
     """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the true tokens y [..] (Prop. 4.1).
 
-    It is -dL/dw for L(w) = -log pi_w(y): above 0 more of the step helps, at 0 it is dead compute, below 0
-    less of it would be better. As L is convex, a margin above 0 at w = 1 says that the whole step helped.
+    It is -dL/dw for L(w) = -log pi_w(y): above 0 more of the step helps, below 0 less would be better; at 0
+    its size is right, or it is dead (then `divergence` is 0, too). As L is convex, above 0 at w = 1 the whole
+    step helped; below 0 it need not have harmed. Where pi_c is calibrated, the mean at w = 1 is 0.
     """
     A, pi_w = advantage(logits_u, logits_c), guide(logits_u, logits_c, w).softmax(-1)
     return A.gather(-1, y[..., None]).squeeze(-1) - (pi_w * A).sum(-1)
@@ -492,9 +496,8 @@ def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: f
 
 def divergence(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
     """KL(pi_c || pi_u) [..] in nats: how far the step moved the policy, for good or ill. Needs no label."""
-    return (
-        (logits_c.softmax(-1) * advantage(logits_u, logits_c)).sum(-1).clamp(min=0)
-    )  # rounding may go below
+    kl = (logits_c.softmax(-1) * advantage(logits_u, logits_c)).sum(-1)
+    return kl.clamp(min=0)  # rounding may go below
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -516,7 +519,7 @@ def reveal(x, y_star, share, noise):
     nested: their Hamming distance to y* never grows from step to step, and share 1 is y* exactly.
     """
     differs = x != y_star
-    rank = torch.where(differs, noise, 2.0).argsort(1).argsort(1)  # [B, L]: 0, 1, .. along differing cells
+    rank = torch.where(differs, noise, 2.0).argsort(1).argsort(1)  # [B, L], ranks: differing cells come first
     shown = (share * differs.sum(1)).ceil()  # [B]
     return torch.where(rank < shown[:, None], y_star, x)
 
@@ -544,8 +547,8 @@ def act(model, y, logits, y_star, s):
     """Adaptive computation time as TRM trains it: its loss, and which puzzles [B] may leave the batch.
 
     The halting head reads the first cell of y [B, L, D] and predicts whether the answer is right. One time in
-    ten, a puzzle must stay for a random number of steps all the same, so that the head learns what they can
-    do. Evaluation takes all N_sup steps, as TRM does.
+    ten, a puzzle must stay for a random number of steps all the same, so that the head sees what more of
+    them would do. Evaluation takes all N_sup steps, as TRM does.
     """
     q = model.halting(y[:, 0]).squeeze(-1)  # [B], a logit
     right = (logits.argmax(-1) == y_star).all(1)
@@ -566,7 +569,7 @@ class Episodes:
 
     def advance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace the puzzles that are done and count one step on; returns x and y* [B, L]."""
-        done, model = self.done, self.model
+        done, model = self.done, self.model  # the k-th row that is done takes the k-th next puzzle in line
         self.row = torch.where(done, self.line[(self.seen + done.cumsum(0) - 1) % len(self.line)], self.row)
         self.noise = torch.where(done[:, None], torch.rand_like(self.noise), self.noise)
         self.y = torch.where(done[:, None, None], model.y0, self.y)
@@ -629,7 +632,7 @@ METRICS = ("exact", "cells", "logp", "margin", "kl", "margin_positive")
 def rollout(model: LoopedModel, x: torch.Tensor, n_sup: int = 0):
     """The model thinks about puzzles x [B, L]: yields (logits_u, logits_c) [B, L, V] around each step."""
     y, z = model.start(len(x))
-    logits_c = model.readout(y)
+    logits_c = model.readout(y)  # of y0, which no loss ever sees: as logits_u of step 1, it means little
     for s in range(1, (n_sup or model.cfg.n_sup) + 1):
         y, z = model(x, y, z, torch.full((len(x),), s, device=x.device))
         logits_u, logits_c = logits_c, model.readout(y)
@@ -759,7 +762,7 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
         ax.clear()
         draw_frame(ax, legend, *frames[i])
 
-    order = [*range(len(frames) - 1), len(frames) - 2]  # lingers on the last answer
+    order = [*range(len(frames) - 1), len(frames) - 2, len(frames) - 1]  # lingers on the last answer
     animation = FuncAnimation(fig, show, order)
     with replacing(out / "solution.gif") as beside:
         animation.save(beside, writer=PillowWriter(fps=1), dpi=90)
@@ -817,6 +820,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
         trained = Config(**content["config"])
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
+        # where and what to write comes from the command line or the defaults, never from the file
         here = {name: given.get(name, getattr(Config, name)) for name in RUN_OPTIONS[:3]}
         model = LoopedModel(replace(trained, **here, test_size=given.get("test_size", trained.test_size)))
         model.load_state_dict(content["model"])
@@ -958,7 +962,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
     if cfg.figures:
         title = f"{cfg.task}, {cfg.scheme}: {first} of {len(test)} held-out puzzles solved after step 1, "
         draw_improvement(curves, f"{title}{last} after step {cfg.n_sup}", out / "improvement.png")
-        long = (test.x != test.y).sum(1).argsort()[-1 - len(test) // 100]  # not the longest of all, but of 1%
+        long = (test.x != test.y).sum(1).argsort()[-max(1, len(test) // 100)]  # shortest of the longest 1%
         written += ["improvement.png", *draw_solution(model, test[long][None], out)]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
     metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **curves}

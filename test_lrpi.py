@@ -792,7 +792,7 @@ def test_figures_are_pictures_and_the_animation_has_all_frames(trained):
             assert image.format == "PNG" and 700 < image.width < 1600
             assert len(image.convert("RGB").getcolors(10**6)) > 5, "something is drawn"
     with Image.open(out / "solution.gif") as image:
-        assert image.format == "GIF" and image.n_frames >= 2
+        assert image.format == "GIF" and 7 <= image.n_frames <= 9, "puzzle, six steps, solution"
 
 
 def test_a_long_rollout_is_drawn_in_18_frames_at_most(tmp_path):
