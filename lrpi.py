@@ -16,8 +16,8 @@ THE IDEA, after "Your Latent Reasoning is Secretly Policy Improvement Operator" 
      policy, more of the step helps; where it falls short, less of it would. The difference is the *advantage
      margin*. Near 0, the step is dead compute if it did not move the policy, and of the right size if it did.
   5. The paper therefore gives every step a target of its own, closer to the solution than the last: Deep
-     Improvement Supervision (DIS). It reports that 18 forward passes then do what takes the Tiny Recursive Model
-     (TRM, arXiv 2510.04871) 336. What holds of that on mazes stands in the README.
+     Improvement Supervision (DIS). It reports that 18 forward passes then do what takes the Tiny Recursive
+     Model (TRM, arXiv 2510.04871) 336. How much of that holds on mazes stands in the README.
 
 THE LETTERS
   x, y, z    the puzzle, the current answer, the scratchpad, embedded: [B, L, D]
