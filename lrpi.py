@@ -962,8 +962,9 @@ def run(given: dict, started: float, interrupts: list) -> int:
     if cfg.figures:
         title = f"{cfg.task}, {cfg.scheme}: {first} of {len(test)} held-out puzzles solved after step 1, "
         draw_improvement(curves, f"{title}{last} after step {cfg.n_sup}", out / "improvement.png")
-        long = (test.x != test.y).sum(1).argsort()[-max(1, len(test) // 100)]  # shortest of the longest 1%
-        written += ["improvement.png", *draw_solution(model, test[long][None], out)]
+        order = (test.x != test.y).sum(1).argsort(stable=True)  # by the length of the solution
+        puzzle = test[order[-max(1, len(test) // 100)]][None]  # the shortest of the longest 1%
+        written += ["improvement.png", *draw_solution(model, puzzle, out)]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
     metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **curves}
     metrics |= {"total_seconds": round(time.perf_counter() - started, 2), "config": asdict(cfg)}
