@@ -601,7 +601,8 @@ def train(cfg: Config, data: Puzzles, watch=lambda step, loss, model: "") -> tup
 
         y, z = model(x, batch.y, batch.z, batch.s)  # the latent step
         logits = model.readout(y)  # [B, L, V]
-        loss, done = F.cross_entropy(logits.flatten(0, 1), y_dagger.flatten().long()), batch.s == cfg.n_sup
+        loss = F.cross_entropy(logits.flatten(0, 1), y_dagger.flatten().long())  # of L_DIS, with all w_s = 1
+        done = batch.s == cfg.n_sup
         if cfg.halt:
             act_loss, may_go = act(model, y, logits, y_star, batch.s)
             loss, done = loss + act_loss, done | may_go
