@@ -336,6 +336,7 @@ def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
 
 
 def linear(d_in: int, d_out: int) -> nn.Linear:
+    """A bias-free linear layer with LeCun initialisation."""
     layer = nn.Linear(d_in, d_out, bias=False)
     lecun_(layer.weight, d_in)
     return layer
@@ -842,7 +843,9 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, instead of the usage of thirty options
+    """Says what is wrong in one line, and does not print the usage of thirty options before it."""
+
+    def error(self, message):
         raise UserError(message.removeprefix("argument "))
 
 
@@ -922,6 +925,7 @@ class Watch:
 
 
 def print_table(curves: dict) -> None:
+    """The METRICS, a line for each step."""
     print("\nstep    solved   cells  log pi(y*)     margin  KL(c || u)  margin > 0")
     for s, row in enumerate(zip(*(curves[name] for name in METRICS), strict=True), 1):
         print("{:4}  {:8.1%}  {:6.1%}  {:10.5f}  {:9.5f}  {:10.5f}  {:10.1%}".format(s, *row))
