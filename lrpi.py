@@ -113,6 +113,7 @@ class Config:
     step_index: bool = option(True, "tell the model which step it is at")
 
     train_size: int = option(20000, "puzzles to train on, at most: no more are made than get seen", 1, 10**8)
+    pick: int = option(2, "puzzles made for each one to train on: the one with the longest solution", 1, 100)
     test_size: int = option(1000, "held-out puzzles for the final evaluation", 1, 10**7)
     steps: int = option(6000, "training steps: each a latent step and a weight update", 1, 10**9)
     batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
@@ -309,6 +310,12 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     return (kept & line & (reached == on)).all((1, 2))
 
 
+def hardest(puzzles: Puzzles, pick: int) -> Puzzles:
+    """Of every `pick` puzzles, the one with the longest solution: training sees more of what is rare and hard."""
+    length = (puzzles.x != puzzles.y).sum(1).view(-1, pick)  # [N / pick, pick]
+    return puzzles[length.argmax(1) + pick * torch.arange(len(length))]
+
+
 class Task(NamedTuple):
     """What training, evaluation and drawing need to know of a kind of puzzle."""
 
@@ -503,7 +510,6 @@ def divergence(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------------------
 # §5  Targets (paper section 5): Φ gives every step its own target y†_s, and the last one is y*
-#
 # If targets come closer to y* at every step and the model fits them, every step leaves fewer wrong cells and
 # has a positive expected margin (Prop. A.3, which assumes sufficient capacity and exact fitting).
 
@@ -942,7 +948,8 @@ def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[Loope
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
     if not model:
         most = cfg.batch_size * (cfg.steps if cfg.halt else -(-cfg.steps // cfg.n_sup))  # that can get seen
-        data = task.make(min(cfg.train_size, most), cfg.size, "train", cfg.seed).to(device)
+        made = task.make(cfg.pick * min(cfg.train_size, most), cfg.size, "train", cfg.seed)
+        data = hardest(made, cfg.pick).to(device)
         held_out = task.make(min(200, cfg.test_size), cfg.size, "valid").to(device)
         model, facts = train(cfg, data, Watch(cfg.steps, held_out, interrupts))
         save_checkpoint(out / "model.pt", model, facts)

@@ -163,6 +163,18 @@ def test_mazes_depend_on_the_seed_alone():
     assert len(a.unique(dim=0)) == 50
 
 
+def test_hardest_keeps_the_longest_of_every_few():
+    puzzles = lrpi.make_mazes(60, 7)
+    lengths = [label.count(PATH) for label in puzzles.y.tolist()]
+    for pick in (1, 2, 3):
+        kept = lrpi.hardest(puzzles, pick)
+        assert len(kept) == 60 // pick and (pick > 1 or torch.equal(kept.x, puzzles.x))
+        for i, (maze, label) in enumerate(zip(kept.x.tolist(), kept.y.tolist(), strict=True)):
+            group = range(pick * i, pick * i + pick)
+            assert [maze, label] in [[puzzles.x[k].tolist(), puzzles.y[k].tolist()] for k in group]
+            assert label.count(PATH) == max(lengths[k] for k in group)
+
+
 def solved_by_hand(maze, answer, side):
     """Walk from the start along marked cells: it has to end at the goal and to take in all the marks."""
     for asked, said in zip(maze, answer, strict=True):
