@@ -311,7 +311,7 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 def hardest(puzzles: Puzzles, pick: int) -> Puzzles:
-    """Of every `pick` puzzles, the one with the longest solution: training sees more of what is rare and hard."""
+    """Of every `pick` puzzles the one with the longest solution: training sees more of the rare, hard ones."""
     length = (puzzles.x != puzzles.y).sum(1).view(-1, pick)  # [N / pick, pick]
     return puzzles[length.argmax(1) + pick * torch.arange(len(length))]
 
