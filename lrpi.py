@@ -42,6 +42,7 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
+  - Training takes the longer of every two mazes made (--pick): long corridors are rare, and the last to be learnt.
 """
 
 import argparse
