@@ -42,7 +42,7 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
-  - Training takes the longer of every two mazes made (--pick): long corridors are rare, and the last to be learnt.
+  - Training takes the longer of every two mazes made (--pick): long solutions are rare, and learnt last.
 """
 
 import argparse
@@ -312,7 +312,7 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 def hardest(puzzles: Puzzles, pick: int) -> Puzzles:
-    """Of every `pick` puzzles the one with the longest solution: training sees more of the rare, hard ones."""
+    """Of every `pick` puzzles the one with the longest solution: training sees more of the hard ones."""
     length = (puzzles.x != puzzles.y).sum(1).view(-1, pick)  # [N / pick, pick]
     return puzzles[length.argmax(1) + pick * torch.arange(len(length))]
 
