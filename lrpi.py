@@ -77,8 +77,8 @@ class UserError(Exception):
 
 def option(default, help, low=None, high=None, odd=False, choices=None):
     """A field of `Config`: its help line, and the values it may take (`low` and `high` included)."""
-    allowed = {"low": low, "high": high, "odd": odd, "choices": choices}
-    return field(default=default, metadata={"help": help, **allowed})
+    limits = {"low": low, "high": high, "odd": odd, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -830,8 +830,9 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         trained = Config(**content["config"])
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         # where and what to write comes from the command line or the defaults, never from the file
-        here = {name: given.get(name, getattr(Config, name)) for name in RUN_OPTIONS[:3]}
-        model = LoopedModel(replace(trained, **here, test_size=given.get("test_size", trained.test_size)))
+        here = {"device": Config.device, "out": Config.out, "figures": Config.figures}
+        here |= {name: value for name, value in given.items() if name in RUN_OPTIONS}
+        model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
     except Exception as e:  # what a damaged or foreign file makes torch.load and the rest raise has no end
         why = str(e) if isinstance(e, UserError) else type(e).__name__
@@ -905,7 +906,7 @@ class Watch:
         self.losses += [] if loss is None else [loss]
         if step % max(1, self.steps // 200) and step < self.steps and not self.interrupts:
             return ""
-        values, self.losses = [v.item() for v in self.losses], []
+        values, self.losses = torch.stack(self.losses).tolist() if step else [], []  # waits for the GPU once
         bad = [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]
         if bad or not all(v.isfinite().all() for v in model.state_dict().values()):
             model.load_state_dict(self.good[1])
