@@ -18,6 +18,8 @@ THE IDEA, after "Your Latent Reasoning is Secretly Policy Improvement Operator" 
   5. The paper therefore gives every step a target of its own, closer to the solution than the last: Deep
      Improvement Supervision (DIS). It reports that 18 forward passes then do what takes the Tiny Recursive
      Model (TRM, arXiv 2510.04871) 336. How much of that holds on mazes stands in the README.
+  6. So a trained model can be diagnosed, step by step: does it improve, is it dead, does it harm (§7)? Dead
+     steps can be cut, thinking can stop where a puzzle's steps go dead, and go on where they do not.
 
 THE LETTERS
   x, y, z    the puzzle, the current answer, the scratchpad, embedded: [B, L, D]
@@ -37,8 +39,12 @@ THE COMMANDS
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - The default token mixer is a local convolution: on a CPU it learns mazes far faster than attention does.
     TRM's own block is --mixer attention (or mlp) --layers 2 --ffn 0; its widths are larger, too.
-  - `reveal` follows a concave schedule, (s / N_sup)^0.3. Which cells get revealed cannot be predicted, so
-    below one half the best guess at a reveal is the bare puzzle: a linear schedule wastes those steps.
+  - The default targets are a solver's edits, which the paper proposes and does not test: what dead-end filling
+    has after 8, 16, .. rounds. Training then uses more than puzzles and solutions. The paper's way, a share of
+    the solution, is --target reveal --step-index. It follows a concave schedule, (s / N_sup)^0.3: which cells
+    get revealed cannot be predicted, so below one half the best guess at a reveal is the bare puzzle.
+  - No step index: all steps are the same map, so that more of them than in training can be taken. In training,
+    noise is added to the state before every step, so that the map leads back to where it belongs.
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
@@ -48,6 +54,7 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
 import argparse
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -75,9 +82,12 @@ class UserError(Exception):
     """Something given cannot be used. The message is one line: what, its value, and what is allowed."""
 
 
-def option(default, help, low=None, high=None, odd=False, choices=None):
-    """A field of `Config`: its help line, and the values it may take (`low` and `high` included)."""
-    limits = {"low": low, "high": high, "odd": odd, "choices": choices}
+def option(default, help, low=None, high=None, odd=False, choices=None, bare=None):
+    """A field of `Config`: its help line, and the values it may take (`low` and `high` included).
+
+    `bare` makes the value that the flag alone stands for.
+    """
+    limits = {"low": low, "high": high, "odd": odd, "choices": choices, "bare": bare}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -96,13 +106,21 @@ class Config:
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
     figures: bool = option(True, "draw the figures, which needs matplotlib")
+    think: int = option(0, "steps in a rollout when evaluating; 0: as many as in training, n-sup", 0, 10_000)
+    halt: str = option(
+        "off",
+        "when evaluating, stop thinking about a puzzle whose step looks dead by this rule",
+        choices=lambda: ("off", *HALTS),
+        bare=lambda: HALT_DEFAULT,
+    )
 
     T: int = option(1, "cycles in a step; only the last one carries gradient", 1, 100)
     n: int = option(2, "updates of z in a cycle, before the one of y", 1, 100)
     n_sup: int = option(6, "steps in a rollout, each with a target", 1, 1000)
-    target: str = option("reveal", "what the target of each step is", choices=lambda: TARGETS)
-    reveal_power: float = option(0.3, "step s reveals the share (s / n-sup)^power of y*", 0.01, 10.0)
-    halt: bool = option(False, "learn when to stop (ACT): solved puzzles leave the training batch")
+    target: str = option("edits", "what the target of each step is", choices=lambda: TARGETS)
+    pace: int = option(8, "target edits: rounds of the solver in a step", 1, 10_000)
+    reveal_power: float = option(0.3, "target reveal: step s shows the share (s / n-sup)^power", 0.01, 10.0)
+    act: bool = option(False, "learn when to stop (ACT): solved puzzles leave the training batch")
 
     mixer: str = option("conv", "how cells exchange information", choices=lambda: MIXERS)
     width: int = option(64, "D, channels per cell", 4, 8192)
@@ -111,7 +129,8 @@ class Config:
     kernel: int = option(7, "side of the conv mixer's window", 1, 31, odd=True)
     heads: int = option(4, "heads of the attention mixer; width / heads must be even", 1, 256)
     recall: bool = option(True, "let the y update see x too")
-    step_index: bool = option(True, "tell the model which step it is at")
+    noise: float = option(0.2, "std of what is added to y and z before each step in training", 0.0, 10.0)
+    step_index: bool = option(False, "tell the model which step it is at")
 
     train_size: int = option(20000, "puzzles to train on, at most: no more are made than get seen", 1, 10**8)
     pick: int = option(2, "puzzles made for each one to train on: the one with the longest solution", 1, 100)
@@ -133,8 +152,17 @@ class Config:
             good = good and (m["high"] is None or value <= m["high"]) and not (m["odd"] and value % 2 == 0)
             if not good:
                 raise UserError(f"{flag(f.name)} {value}: must be {allowed(f)}")
+        if self.halt == "head" and not self.act:
+            raise UserError(
+                "--halt head: must go with --act, which trains the halting head; or be another rule"
+            )
         if self.mixer == "attention" and self.width % (2 * self.heads):
             raise UserError(f"--heads {self.heads}: twice that must divide --width, {self.width}")
+
+    @property
+    def thinks(self) -> range:
+        """The steps of a rollout when evaluating."""
+        return range(1, (self.think or self.n_sup) + 1)
 
 
 def allowed(f) -> str:
@@ -157,7 +185,7 @@ def configure(**given) -> Config:
     return Config(**{**SCHEMES.get(given.get("scheme", Config.scheme), {}), **given})
 
 
-TRM = {"target": "final", "recall": False, "step_index": False, "halt": True, "ema": 0.999, "steps": 8000}
+TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999, "steps": 8000}
 SCHEMES = {  # what each changes of Config's defaults                  forward passes: n_sup T (n + 1)
     "dis": {},  #                                                                       6 * 1 * 3 = 18
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
@@ -183,9 +211,9 @@ class Puzzles:
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
     order: torch.Tensor  # [N, L] int16, the round in which a cell got its final value; 0: it never changed
 
-    def stage(self, r: int) -> torch.Tensor:
-        """The solver's answer after r rounds [N, L]: `draft` for r = 0, y from r = order.max() on."""
-        return torch.where(self.order <= r, self.y, self.draft)
+    def stage(self, r: torch.Tensor) -> torch.Tensor:
+        """The solver's answers after r [N] rounds: `draft` for r = 0, y from r = order.max() on. [N, L]"""
+        return torch.where(self.order <= r[:, None], self.y, self.draft)
 
     def to(self, device) -> "Puzzles":
         return Puzzles(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -446,7 +474,7 @@ class LoopedModel(nn.Module):
             self.step_table = nn.Parameter(torch.zeros(cfg.n_sup, D))
         if cfg.recall:
             self.role = nn.Parameter(torch.zeros(D))  # tells net which update this is, now that both see x
-        if cfg.halt:
+        if cfg.act:
             self.halting = nn.Linear(D, 1)
             nn.init.zeros_(self.halting.weight)
             nn.init.constant_(self.halting.bias, -5.0)  # at first it says: not solved
@@ -478,35 +506,126 @@ class LoopedModel(nn.Module):
         return self.cycle(x, y, z)
 
 
+def resized(model: LoopedModel, size: int) -> LoopedModel:
+    """The same weights for puzzles of another size; not for the mlp mixer, whose weights fit one only."""
+    other = LoopedModel(replace(model.cfg, size=size)).to(model.y0.device)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 # ------------------------------------------------------------------------------------------------------------
-# §4  Policy improvement (paper sections 3 and 4): what a step did, from the logits before and after it
+# §4  Policy improvement (paper sections 3 and 4): what a step did, from the logits before and after it.
+# Pure functions of two tensors of logits [.., V]; copy them, they need nothing but `checked` and torch.
+
+IGNORE = -100  # the label of a position that does not count, as in F.cross_entropy
 
 
-def guide(logits_u: torch.Tensor, logits_c: torch.Tensor, w: float) -> torch.Tensor:
+def checked(logits_u, logits_c, y=None) -> tuple:
+    """(l_u, l_c), as floats of 32 bits or more; with y also labels, 0 where ignored, and which are not [..].
+
+    Raises `ValueError` unless the logits are finite and of one shape [.., V], V of 2 or more, and the labels
+    y [..] whole numbers from 0 to V - 1, or IGNORE.
+    """
+    shape, V = tuple(logits_u.shape), logits_u.shape[-1] if logits_u.ndim else 0
+    if shape != logits_c.shape or V < 2:
+        raise ValueError(f"logits {[*shape]} and {[*logits_c.shape]}: must be of one shape [.., V], V > 1")
+    for name, logits in (("logits_u", logits_u), ("logits_c", logits_c)):
+        if not logits.isfinite().all():
+            raise ValueError(f"{name} {[*shape]}: {(~logits.isfinite()).sum()} are NaN or infinite")
+    wide = torch.promote_types(torch.promote_types(logits_u.dtype, logits_c.dtype), torch.float32)
+    logits_u, logits_c = logits_u.to(wide), logits_c.to(wide)
+    if y is None:
+        return logits_u, logits_c
+    if y.shape != shape[:-1] or y.is_floating_point():
+        raise ValueError(f"labels {[*y.shape]} of {y.dtype}: must be whole numbers {[*shape[:-1]]}")
+    y = y.long()
+    counts = y != IGNORE
+    if (wrong := counts & ((y < 0) | (y >= V))).any():
+        raise ValueError(f"label {y[wrong][0]}: must be from 0 to {V - 1}, or {IGNORE} to be ignored")
+    return logits_u, logits_c, y.where(counts, 0), counts
+
+
+def guide(logits_u, logits_c, w: float | torch.Tensor) -> torch.Tensor:
     """l_w = l_u + w (l_c - l_u) [.., V] (Eq. 5); its policy is pi_w ∝ pi_u^(1-w) pi_c^w (Eq. 7)."""
+    logits_u, logits_c = checked(logits_u, logits_c)
     return logits_u + w * (logits_c - logits_u)
 
 
-def advantage(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
+def advantage(logits_u, logits_c) -> torch.Tensor:
     """A(a) = log pi_c(a) - log pi_u(a) [.., V], by Bayes' rule log p(o = 1 | a) up to a constant."""
+    logits_u, logits_c = checked(logits_u, logits_c)
     return logits_c.log_softmax(-1) - logits_u.log_softmax(-1)
 
 
-def margin(logits_u: torch.Tensor, logits_c: torch.Tensor, y: torch.Tensor, w: float = 1.0) -> torch.Tensor:
+def derivatives(logits_u, logits_c, y, w: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """dL/dw and d²L/dw² [..] of L(w) = -log pi_w(y); 0 where y [..] is IGNORE (Prop. 4.1).
+
+    dL/dw = E[delta] - delta(y) and d²L/dw² = Var[delta] for tokens drawn from pi_w. Softmax does not see a
+    shift of the logits, so delta may be counted from delta(y), which keeps what is subtracted small.
+    """
+    logits_u, logits_c, y, counts = checked(logits_u, logits_c, y)
+    delta, pi_w = logits_c - logits_u, guide(logits_u, logits_c, w).softmax(-1)
+    delta = delta - delta.gather(-1, y[..., None])
+    slope = (pi_w * delta).sum(-1)
+    return slope * counts, (pi_w * (delta - slope[..., None]).square()).sum(-1) * counts
+
+
+def margin(logits_u, logits_c, y, w: float = 1.0) -> torch.Tensor:
     """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the true tokens y [..] (Prop. 4.1).
 
     It is -dL/dw for L(w) = -log pi_w(y): above 0 more of the step helps, below 0 less would be better; at 0
     its size is right, or it is dead (then `divergence` is 0, too). As L is convex, above 0 at w = 1 the whole
     step helped; below 0 it need not have harmed. Where pi_c is calibrated, the mean at w = 1 is 0.
     """
-    A, pi_w = advantage(logits_u, logits_c), guide(logits_u, logits_c, w).softmax(-1)
-    return A.gather(-1, y[..., None]).squeeze(-1) - (pi_w * A).sum(-1)
+    return -derivatives(logits_u, logits_c, y, w)[0]
 
 
-def divergence(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
+def best_guidance(logits_u, logits_c, y) -> float:
+    """w* = argmin_w of L(w) summed over all positions: above 1 the step is too timid, below it overshoots.
+
+    Newton's method with the two `derivatives`, in float64, guarded by the bracket that the slope's sign leaves.
+    inf (-inf): at every position, more (less) of the step is always better. nan: the step is dead, as its
+    residuals differ by no more than the rounding of their logits does, or there are no positions.
+    """
+    eps = max(torch.finfo(logits.dtype).eps for logits in (logits_u, logits_c))
+    logits_u, logits_c, y, counts = checked(logits_u, logits_c, y)
+    l_u, l_c, y = logits_u[counts].cpu().double(), logits_c[counts].cpu().double(), y[counts].cpu()
+    delta = l_c - l_u
+    delta = delta - delta.gather(-1, y[:, None])
+    rounding = 2 * eps * torch.maximum(l_u.abs(), l_c.abs()).amax(-1, keepdim=True)
+    rises, falls = (delta < -rounding).any(), (delta > rounding).any()  # towards w = inf and -inf: pi_w(y)
+    if not (rises and falls):
+        return math.inf if rises else -math.inf if falls else math.nan
+    w, low, high = 1.0, -math.inf, math.inf
+    for _ in range(200):
+        slope, curvature = (d.sum().item() for d in derivatives(l_u, l_c, y, w))
+        low, high = (w, high) if slope < 0 else (low, w)
+        step = -slope / curvature if curvature > 0 else math.copysign(math.inf, -slope)
+        if not low < w + step < high:  # to the middle of the bracket; while it is open, ever further out
+            step = (low + high) / 2 - w if high - low < math.inf else math.copysign(1 + abs(w), step)
+        w += step
+        if abs(step) <= 1e-12 * max(1.0, abs(w)):
+            break
+    return w
+
+
+def divergence(logits_u, logits_c) -> torch.Tensor:
     """KL(pi_c || pi_u) [..] in nats: how far the step moved the policy, for good or ill. Needs no label."""
-    kl = (logits_c.softmax(-1) * advantage(logits_u, logits_c)).sum(-1)
-    return kl.clamp(min=0)  # rounding may go below
+    A, logits_c = advantage(logits_u, logits_c), checked(logits_u, logits_c)[1]
+    return (logits_c.softmax(-1) * A).sum(-1).clamp(min=0)  # rounding may go below
+
+
+def largest_change(logits_u, logits_c) -> torch.Tensor:
+    """max_a |pi_c(a) - pi_u(a)| [..], from 0 to 1. Needs no label."""
+    logits_u, logits_c = checked(logits_u, logits_c)
+    return (logits_c.softmax(-1) - logits_u.softmax(-1)).abs().amax(-1)
+
+
+def residual_norm(logits_u, logits_c) -> torch.Tensor:
+    """|delta - its mean| [..]: the distance from a fixed point of the readout. Needs no label."""
+    logits_u, logits_c = checked(logits_u, logits_c)
+    delta = logits_c - logits_u
+    return (delta - delta.mean(-1, keepdim=True)).norm(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -515,24 +634,34 @@ def divergence(logits_u: torch.Tensor, logits_c: torch.Tensor) -> torch.Tensor:
 # has a positive expected margin (Prop. A.3, which assumes sufficient capacity and exact fitting).
 
 
-def final(x, y_star, share, noise):
+def final(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
     """y†_s = y* at every step, as in TRM."""
-    return y_star
+    return puzzles.y
 
 
-def reveal(x, y_star, share, noise):
-    """Shows the puzzle x [B, L] and, in the given share [B] of the cells in which they differ, y* instead.
+def reveal(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
+    """Shows the puzzle and, in a share of the cells in which they differ, the solution instead.
 
     Cells come in the order of their `noise` [B, L] in [0, 1). With one noise for a whole rollout, targets are
     nested: their Hamming distance to y* never grows from step to step, and share 1 is y* exactly.
     """
-    differs = x != y_star
+    differs, share = puzzles.x != puzzles.y, (s / cfg.n_sup).clamp(max=1) ** cfg.reveal_power
     rank = torch.where(differs, noise, 2.0).argsort(1).argsort(1)  # [B, L], ranks: differing cells come first
     shown = (share * differs.sum(1)).ceil()  # [B]
-    return torch.where(rank < shown[:, None], y_star, x)
+    return torch.where(rank < shown[:, None], puzzles.y, puzzles.x)
 
 
-TARGETS = {"final": final, "reveal": reveal}
+def edits(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
+    """What a solver has after pace * s of its rounds. For mazes: with the dead ends of that depth filled.
+
+    Every step has the same thing to do, and the puzzle and the answer so far say what. So one map does for
+    all steps; y* is its fixed point, and whoever takes more steps solves larger puzzles. At N_sup the target
+    is y* where the solver needs no more than pace * N_sup rounds.
+    """
+    return puzzles.stage(cfg.pace * s)
+
+
+TARGETS = {"final": final, "reveal": reveal, "edits": edits}  # (puzzles [B], steps s [B], cfg, noise) -> y†
 
 # ------------------------------------------------------------------------------------------------------------
 # §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
@@ -575,15 +704,15 @@ class Episodes:
         self.y, self.z = model.start(B)  # [B, L, D]
         self.done = self.s == 0  # [B], all of them, so that the first batch is fresh
 
-    def advance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replace the puzzles that are done and count one step on; returns x and y* [B, L]."""
+    def advance(self) -> Puzzles:
+        """Replace the puzzles that are done, count one step on, and return the B puzzles."""
         done, model = self.done, self.model  # the k-th row that is done takes the k-th next puzzle in line
         self.row = torch.where(done, self.line[(self.seen + done.cumsum(0) - 1) % len(self.line)], self.row)
         self.noise = torch.where(done[:, None], torch.rand_like(self.noise), self.noise)
         self.y = torch.where(done[:, None, None], model.y0, self.y)
         self.z = torch.where(done[:, None, None], model.z0, self.z)
         self.seen, self.s = self.seen + done.sum(), torch.where(done, 0, self.s) + 1
-        return self.data.x[self.row], self.data.y[self.row]
+        return self.data[self.row]
 
 
 def train(cfg: Config, data: Puzzles, watch=lambda step, loss, model: "") -> tuple[LoopedModel, dict]:
@@ -604,15 +733,16 @@ def train(cfg: Config, data: Puzzles, watch=lambda step, loss, model: "") -> tup
 
     while step < cfg.steps and not stopped:
         step += 1
-        x, y_star = batch.advance()  # [B, L] uint8
-        y_dagger = phi(x, y_star, (batch.s / cfg.n_sup) ** cfg.reveal_power, batch.noise)
+        puzzles = batch.advance()
+        y_dagger = phi(puzzles, batch.s, cfg, batch.noise)  # [B, L]
 
-        y, z = model(x, batch.y, batch.z, batch.s)  # the latent step
+        y, z = (h + cfg.noise * torch.randn_like(h) if cfg.noise else h for h in (batch.y, batch.z))
+        y, z = model(puzzles.x, y, z, batch.s)  # the latent step
         logits = model.readout(y)  # [B, L, V]
         loss = F.cross_entropy(logits.flatten(0, 1), y_dagger.flatten().long())  # of L_DIS, with all w_s = 1
         done = batch.s == cfg.n_sup
-        if cfg.halt:
-            act_loss, may_go = act(model, y, logits, y_star, batch.s)
+        if cfg.act:
+            act_loss, may_go = act(model, y, logits, puzzles.y, batch.s)
             loss, done = loss + act_loss, done | may_go
 
         loss.backward()
@@ -632,41 +762,250 @@ def train(cfg: Config, data: Puzzles, watch=lambda step, loss, model: "") -> tup
 # ------------------------------------------------------------------------------------------------------------
 # §7  Evaluation: one rollout gives the logits around every step; all else is computed from them
 
-# Averages, for every step: puzzles solved, cells right, log pi_c(y*), margin at w = 1, KL(pi_c || pi_u), and
-# the share of cells with a positive margin (at a dead step, that is up to rounding).
-METRICS = ("exact", "cells", "logp", "margin", "kl", "margin_positive")
+
+class Step(NamedTuple):
+    """What a latent step leaves behind, for the B puzzles that are still thought about."""
+
+    rows: torch.Tensor  # [B], their places in the batch that the rollout began with
+    logits_u: torch.Tensor  # [B, L, V], the readout before the step
+    logits_c: torch.Tensor  # [B, L, V], and after it
+    y: torch.Tensor  # [B, L, D]
 
 
 @torch.no_grad()
-def rollout(model: LoopedModel, x: torch.Tensor, n_sup: int = 0):
-    """The model thinks about puzzles x [B, L]: yields (logits_u, logits_c) [B, L, V] around each step."""
-    y, z = model.start(len(x))
+def rollout(model: LoopedModel, x: torch.Tensor, steps=(), stop=None):
+    """The model thinks about puzzles x [B, L]: yields a `Step` for each of `steps` (default: cfg.thinks).
+
+    Puzzles for which stop(model, step) [B] holds leave the batch, and cost nothing from then on.
+    """
+    rows, (y, z) = torch.arange(len(x), device=x.device), model.start(len(x))
     logits_c = model.readout(y)  # of y0, which no loss ever sees: as logits_u of step 1, it means little
-    for s in range(1, (n_sup or model.cfg.n_sup) + 1):
+    for s in steps or model.cfg.thinks:
         y, z = model(x, y, z, torch.full((len(x),), s, device=x.device))
         logits_u, logits_c = logits_c, model.readout(y)
-        yield logits_u, logits_c
+        yield (step := Step(rows, logits_u, logits_c, y))
+        if stop:
+            on = ~stop(model, step)
+            rows, x, y, z, logits_c = (t[on] for t in (rows, x, y, z, logits_c))
+            if not len(rows):
+                return
 
 
-def measure(task: Task, x, y_star, logits_u, logits_c) -> torch.Tensor:
-    """The METRICS [6, B] of a step: puzzles x and solutions [B, L], logits before and after it [B, L, V]."""
-    answer, y_star = logits_c.argmax(-1), y_star.long()
-    gain = margin(logits_u, logits_c, y_star)  # [B, L]
-    logp = logits_c.log_softmax(-1).gather(-1, y_star[..., None]).squeeze(-1)
-    per_cell = [answer == y_star, logp, gain, divergence(logits_u, logits_c), gain > 0]
-    return torch.stack([task.solved(x, answer).float(), *(m.float().mean(1) for m in per_cell)])
+def answer(model: LoopedModel, x: torch.Tensor, steps=(), stop=None, batch: int = 256) -> tuple:
+    """The last answers [N, L] to the puzzles x [N, L], and how many steps were taken for each [N]."""
+    answers, taken = torch.empty_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for i in range(0, len(x), batch):
+        for count, step in enumerate(rollout(model, x[i : i + batch], steps, stop), 1):
+            answers[i + step.rows] = step.logits_c.argmax(-1).to(x.dtype)
+            taken[i + step.rows] = count
+    return answers, taken
 
 
-def evaluate(model: LoopedModel, puzzles: Puzzles, n_sup: int = 0, batch: int = 0) -> dict:
-    """{metric: [its value after each of S steps]} over the puzzles; "passes": what each took, as counted."""
-    task, total, before = TASKS[model.cfg.task], 0, model.forward_passes
+# What is measured of a puzzle at each step: is it solved; and, as means over its cells: the share that is
+# right, log pi_c(y*), what the step added to log pi(y*), the margin at w = 1, KL(pi_c || pi_u), the norm of
+# the residual, and the share of cells with a positive margin (at a dead step, that is up to rounding).
+METRICS = ("exact", "cells", "logp", "gain", "margin", "kl", "residual", "margin_positive")
+MARGIN_EDGES = [sign * 10.0**k for sign, ks in ((-1, range(0, -6, -1)), (1, range(-5, 1))) for k in ks]
+WS = [w / 4 for w in range(-2, 13)]  # the guidance weights that are tried at every step: -0.5 to 3
+RESAMPLES = 4000  # of the bootstrap
+
+
+def measure(task: Task, puzzles: Puzzles, step: Step, ws=()) -> dict:
+    """The METRICS [B] of a step, a histogram of its margins [B, bins], and what guidance does [B, ws]."""
+    u, c, x, y_star = step.logits_u, step.logits_c, puzzles.x, puzzles.y.long()
+
+    def logp(logits):
+        return -F.cross_entropy(logits.mT, y_star, reduction="none").mean(1)
+
+    def exact(logits):
+        return task.solved(x, logits.argmax(-1)).float()
+
+    gap = margin(u, c, y_star)  # [B, L]
+    bins = torch.bucketize(gap, torch.tensor(MARGIN_EDGES, device=gap.device))
+    per_cell = {"cells": c.argmax(-1) == y_star, "margin": gap, "margin_positive": gap > 0}
+    per_cell |= {"kl": divergence(u, c), "residual": residual_norm(u, c)}
+    per_cell |= {"margins": F.one_hot(bins, len(MARGIN_EDGES) + 1)}
+    values = {name: v.float().mean(1) for name, v in per_cell.items()}
+    values |= {"exact": exact(c), "logp": logp(c), "gain": logp(c) - logp(u)}
+    guided = [guide(u, c, w) for w in ws]
+    return values | {
+        f"guided_{f.__name__}": torch.stack([f(l_w) for l_w in guided], 1) for f in (exact, logp) if guided
+    }
+
+
+def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int = 0) -> dict:
+    """{measure: [its mean over the puzzles after each of S steps]}; "passes": what each took, as counted.
+
+    Beside them: the METRICS split by outcome, "solved" and "unsolved" (None where there are no such puzzles),
+    and intervals [S, 2] for the means of gain and margin, from a bootstrap in which every puzzle counts
+    Poisson(1) times; 95% for all S steps together (Bonferroni). Only sums are kept, so that memory does not
+    grow with the number of puzzles.
+    `ws` [S][..]: guidance weights to try at each step.
+    """
+    task, before, total, resampled = TASKS[model.cfg.task], model.forward_passes, {}, 0
+    generator = torch.Generator().manual_seed(0)
     batch = batch or max(1, 12_000 // puzzles.x.shape[1])  # so many cells fit into any memory
     for i in (starts := range(0, len(puzzles), batch)):
-        x, y_star = puzzles.x[i : i + batch], puzzles.y[i : i + batch]
-        steps = [measure(task, x, y_star, *logits).sum(1) for logits in rollout(model, x, n_sup)]
-        total = total + torch.stack(steps).cpu().double()  # [S, 6]
-    curves = dict(zip(METRICS, (total / len(puzzles)).T.tolist(), strict=True))
+        some = puzzles[i : i + batch]
+        each = [
+            measure(task, some, s, ws[k] if ws else ()) for k, s in enumerate(rollout(model, some.x, steps))
+        ]
+        each = {name: torch.stack([m[name] for m in each]).cpu().double() for name in each[0]}  # [S, B, ..]
+        each["count"] = one = torch.ones_like(each["exact"])
+        solved = each["exact"][-1]  # [B]
+        groups = torch.stack([one[0], solved, 1 - solved])  # [3, B]
+        for name, v in each.items():
+            total[name] = total.get(name, 0) + torch.einsum("gb,sb...->gs...", groups, v)
+        draws = torch.poisson(torch.ones(RESAMPLES, len(some)), generator=generator).double()
+        sample = torch.stack([each["gain"], each["margin"], one])  # [3, S, B]
+        resampled = resampled + torch.einsum("rb,psb->psr", draws, sample)
+    count = total.pop("count")[:, 0]  # [3]
+    means = [
+        {k: (v[g] / count[g]).tolist() for k, v in total.items()} if count[g] else None for g in range(3)
+    ]
+    outcomes = [mean and {name: mean[name] for name in METRICS} for mean in means[1:]]
+    tail = 0.025 / len(means[0]["exact"])
+    ends = (resampled[:2] / resampled[2]).nanquantile(
+        torch.tensor([tail, 1 - tail]).double(), dim=-1
+    )  # [2, 2, S]
+    gain_interval, margin_interval = ends.permute(1, 2, 0).tolist()
+    curves = {**means[0], "gain_interval": gain_interval, "margin_interval": margin_interval}
+    curves |= {"solved": outcomes[0], "unsolved": outcomes[1]}
     return {"passes": (model.forward_passes - before) // len(starts), **curves}
+
+
+# Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first
+# two ask if the step was dead, by its most restless cell, without a label or training; the third is TRM's.
+HALTS = {
+    "kl": lambda model, step: divergence(step.logits_u, step.logits_c).amax(1),
+    "change": lambda model, step: largest_change(step.logits_u, step.logits_c).amax(1),
+    "head": lambda model, step: -model.halting(step.y[:, 0]).squeeze(-1),
+}
+HALT_DEFAULT = "kl"
+VALID_SIZE = 1000  # puzzles to calibrate on
+HALT_LOSS = 0.003  # share of the validation puzzles that halting may cost
+
+
+def halting_curve(scores: torch.Tensor, solved: torch.Tensor) -> dict:
+    """What thresholds on the scores [N, S] lead to: mean "steps" and share "exact", solved being [N, S].
+
+    "threshold" is the one with the fewest steps that loses no more than HALT_LOSS.
+    """
+    candidates = [-math.inf, *scores.flatten().double().quantile(torch.linspace(0, 1, 201).double()).tolist()]
+    curve = {"steps": [], "exact": []}
+    for threshold in candidates:
+        stop = scores <= threshold
+        stop[:, -1] = True
+        first = stop.int().argmax(1, keepdim=True)  # [N, 1]
+        curve["steps"].append(1 + first.double().mean().item())
+        curve["exact"].append(solved.gather(1, first).double().mean().item())
+    good = [i for i, exact in enumerate(curve["exact"]) if exact >= curve["exact"][0] - HALT_LOSS]
+    return {"threshold": candidates[min(good, key=lambda i: curve["steps"][i])], **curve}
+
+
+def calibrate(model: LoopedModel, valid: Puzzles, batch: int = 100) -> dict:
+    """What is chosen before the test: "w_star" [S], and in "halt" a `halting_curve` for each of the HALTS."""
+    rules = {name: score for name, score in HALTS.items() if name != "head" or model.cfg.act}
+    kept = {}  # name -> [S][batches]
+    for i in range(0, len(valid), batch):
+        some = valid[i : i + batch]
+        for k, step in enumerate(rollout(model, some.x)):
+            found = {name: score(model, step) for name, score in rules.items()}
+            found |= {"u": step.logits_u, "c": step.logits_c}
+            found["solved"] = TASKS[model.cfg.task].solved(some.x, step.logits_c.argmax(-1))
+            for name, v in found.items():
+                kept.setdefault(name, [[] for _ in model.cfg.thinks])[k].append(v)
+    kept = {name: [torch.cat(v) for v in steps] for name, steps in kept.items()}  # [S][N, ..]
+    solved = torch.stack(kept["solved"], 1)  # [N, S]
+    w_star = [best_guidance(u, c, valid.y) for u, c in zip(kept["u"], kept["c"], strict=True)]
+    return {"w_star": w_star, "halt": {r: halting_curve(torch.stack(kept[r], 1), solved) for r in rules}}
+
+
+def stopping(rule: str, threshold: float):
+    """The function that `rollout` asks whom to stop thinking about, by this rule of HALTS."""
+    return lambda model, step: HALTS[rule](model, step) <= threshold
+
+
+def compare_halting(model: LoopedModel, puzzles: Puzzles, halt: dict) -> dict:
+    """{rule: share "exact", mean "passes", "puzzles_per_second"} in batches of 256; "none": no halting."""
+    stops = {"none": None, **{rule: stopping(rule, found["threshold"]) for rule, found in halt.items()}}
+    task, results, seconds = TASKS[model.cfg.task], {}, {name: [] for name in stops}
+    for _ in range(3):  # all in turn, so that a busy moment of the machine does not fall on one alone
+        for name, stop in stops.items():
+            began = time.perf_counter()
+            answers, taken = answer(model, puzzles.x, stop=stop)
+            passes = taken.double().mean().item() * model.cfg.T * (model.cfg.n + 1)  # waits for the GPU
+            seconds[name].append(time.perf_counter() - began)
+            results[name] = {
+                "exact": task.solved(puzzles.x, answers).double().mean().item(),
+                "passes": passes,
+            }
+    for name in stops:
+        results[name]["puzzles_per_second"] = len(puzzles) / sorted(seconds[name])[1]
+    return results
+
+
+def verdicts(intervals: list, below, within, above) -> list:
+    """For each interval: is it all `below` 0, all `above` 0, or is 0 `within`?"""
+    return [above if low > 0 else below if high < 0 else within for low, high in intervals]
+
+
+def summary(verdict: list[str]) -> str:
+    """["improves", "improves", "dead"] -> "steps 1-2 improve, step 3 is dead: 67% of the forward passes .."."""
+    one = {"improves": "improves", "harms": "harms", "dead": "is dead"}
+    many, parts = {"improves": "improve", "harms": "harm", "dead": "are dead"}, []
+    for kind, run in itertools.groupby(range(1, len(verdict) + 1), key=lambda s: verdict[s - 1]):
+        first, *more = run
+        parts.append(f"steps {first}-{more[-1]} {many[kind]}" if more else f"step {first} {one[kind]}")
+    share = verdict.count("improves") / len(verdict)
+    return f"{', '.join(parts)}: {share:.0%} of the forward passes do the work"
+
+
+def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
+    """Which steps work: all that `evaluate` finds on `test`, with what `calibrate` chose on `valid`, and
+
+    "verdict": of each step, by the interval of its gain in log pi(y*): improves, dead (it may be 0) or harms;
+    "size": too timid or overshoots, where the interval of its margin and w* say so, and just right elsewhere;
+    "guided_exact", "guided_logp" [S][ws]: under the guidance weights "ws" and, last, under the step's own w*
+    (kept within `ws`, and 1 where it is undefined); "cut": what leaving out the dead steps changes.
+    """
+    chosen = calibrate(model, valid)
+    own = [1.0 if math.isnan(w) else min(max(w, WS[0]), WS[-1]) for w in chosen["w_star"]]
+    found = {"ws": WS, **chosen, **evaluate(model, test, ws=[[*WS, w] for w in own])}
+    found["verdict"] = verdicts(found["gain_interval"], "harms", "dead", "improves")
+    by_margin = verdicts(
+        found["margin_interval"], -1, 0, 1
+    )  # of w* - 1, on the test puzzles; both must agree
+    agree = [sign * (w - 1) > 0 for sign, w in zip(by_margin, chosen["w_star"], strict=True)]
+    sizes = [sign if same else 0 for sign, same in zip(by_margin, agree, strict=True)]
+    found["size"] = [("just right", "too timid", "overshoots")[sign] for sign in sizes]
+    alive = [s for s, verdict in zip(model.cfg.thinks, found["verdict"], strict=True) if verdict != "dead"]
+    found["summary"], found["halting"] = (
+        summary(found["verdict"]),
+        compare_halting(model, test, chosen["halt"]),
+    )
+    dead = [s for s in model.cfg.thinks if s not in alive]
+    if alive and dead:  # leaving them all out would leave no answer
+        full, cut = (answer(model, test.x, steps)[0] for steps in (model.cfg.thinks, alive))
+        before, after = (TASKS[model.cfg.task].solved(test.x, answers) for answers in (full, cut))
+        counts = {"changed": (full != cut).any(1), "lost": before & ~after, "won": after & ~before}
+        found["cut"] = {"steps": dead, **{name: rows.sum().item() for name, rows in counts.items()}}
+    return found
+
+
+def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
+    """{size: what `evaluate` finds in 4 N_sup steps}, on test puzzles of the model's size and of larger ones.
+
+    Of every size so many puzzles that they have about `cells` cells, and 20 at least.
+    """
+    cfg, steps = model.cfg, range(1, 4 * model.cfg.n_sup + 1)
+    sizes = [cfg.size, *(size for size in (15, 21, 31) if size > cfg.size and cfg.mixer != "mlp")]
+    found = {}
+    for size in sizes:
+        larger = resized(model, size)
+        puzzles = TASKS[cfg.task].make(max(20, cells // size**2), size, "test").to(model.y0.device)
+        found[size] = {"puzzles": len(puzzles), **evaluate(larger, puzzles, steps)}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -685,45 +1024,147 @@ def pyplot():
     return plt
 
 
-LABELS = {
-    "exact": "puzzles solved",
-    "cells": "cells right",
-    "logp": "log π(y*), nats per cell",
-    "margin": "advantage margin at w = 1",
-    "kl": "KL(π_c ‖ π_u), nats per cell",
-    "margin_positive": "cells with positive margin",
-}
-
-
-def draw_improvement(curves: dict, title: str, path: Path) -> None:
-    """All METRICS over the steps, a panel each."""
+@contextmanager
+def figure(path: Path, title: str, rows: int, cols: int, size: tuple, xlabel: str = "latent step"):
+    """A figure of rows x cols panels to draw in [rows, cols], which becomes the file `path` in the end."""
     plt = pyplot()
-    fig, axes = plt.subplots(2, 3, figsize=(10, 5.4), layout="constrained", sharex=True)
+    fig, axes = plt.subplots(rows, cols, figsize=size, layout="constrained", squeeze=False)
     fig.suptitle(title)
-    for ax, (name, label) in zip(axes.flat, LABELS.items(), strict=True):
-        ax.plot(range(1, len(curves[name]) + 1), curves[name], "o-", color="#0072b2", ms=4)
-        ax.set_title(label, fontsize=10)
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if name == "kl":  # falls by orders of magnitude as the answer settles
-            ax.set_yscale("log")
-        elif name in ("exact", "cells", "margin_positive"):
-            ax.set_ylim(-0.03, 1.03)
-            ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        else:
-            ax.axhline(0, color="0.5", lw=0.8)
-    for ax in axes[1]:
-        ax.set_xlabel("latent step")
+        ax.set_xlabel(xlabel if ax in axes[-1] else "")
+    yield axes
     with replacing(path) as beside:
         fig.savefig(beside, dpi=110)
     plt.close(fig)
 
 
+def percent(ax) -> None:
+    ax.set_ylim(-0.03, 1.03)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+
+
+LABELS = {
+    "exact": "puzzles solved",
+    "cells": "cells right",
+    "logp": "log π(y*), nats per cell",
+    "gain": "gain in log π(y*), 95% interval",
+    "margin": "advantage margin at w = 1",
+    "margin_positive": "cells with positive margin",
+    "kl": "KL(π_c ‖ π_u), nats per cell",
+    "residual": "norm of the residual l_c − l_u",
+}
+OUTCOMES = {"solved": ("#009e73", "s--", "solved in the end"), "unsolved": ("#d55e00", "^:", "not solved")}
+
+
+def draw_improvement(found: dict, title: str, path: Path) -> None:
+    """All METRICS over the steps, a panel each, also split by outcome; and the distribution of margins."""
+    steps = range(1, len(found["exact"]) + 1)
+    with figure(path, title, 3, 3, (10, 8)) as axes:
+        for ax, (name, label) in zip(axes.flat, LABELS.items(), strict=False):
+            for outcome, (colour, style, text) in OUTCOMES.items():
+                if found[outcome]:
+                    ax.plot(steps, found[outcome][name], style, color=colour, ms=3, lw=1, label=text)
+            ax.plot(steps, found[name], "o-", color="#0072b2", ms=4, label="all puzzles")
+            ax.set_title(label, fontsize=10)
+            if name in ("exact", "cells", "margin_positive"):
+                percent(ax)
+            elif name in ("kl", "residual"):  # fall by orders of magnitude as the answer settles
+                ax.set_yscale("log")
+            else:
+                ax.set_yscale(
+                    "symlog", linthresh=1e-3
+                )  # step 1 leaves an untrained answer: by far the largest
+                ax.axhline(0, color="0.5", lw=0.8)
+        axes[1, 0].fill_between(steps, *zip(*found["gain_interval"], strict=True), color="#0072b2", alpha=0.3)
+        axes[0, 0].legend(fontsize=8)
+        draw_margins(axes[2, 2], found["margins"])
+
+
+def draw_margins(ax, margins: list) -> None:
+    """The shares of cells [S][bins] whose margins lie between MARGIN_EDGES, stacked for each step."""
+    low, last, colours = 0.0, len(MARGIN_EDGES), pyplot().colormaps["RdBu"]
+    names = {0: "below −1", last // 2: "within 1e-5 of 0", last: "above 1"}
+    for k, share in enumerate(torch.tensor(margins).T):  # [S]
+        ax.bar(range(1, len(margins) + 1), share, 0.9, low, color=colours(k / last), label=names.get(k))
+        low = low + share
+    ax.set_title("margins of the cells, by powers of ten", fontsize=10)
+    ax.legend(fontsize=7, loc="center right")
+    percent(ax)
+
+
+def draw_guidance(found: dict, title: str, path: Path) -> None:
+    """Puzzles solved and log π(y*) against the guidance weight w, a curve for each step, w* marked."""
+    S, ws = len(found["exact"]), found["ws"]
+    with figure(path, title, 1, 3, (11, 4), "guidance weight w") as axes:
+        for k in range(S):
+            colour = pyplot().colormaps["viridis"](0.95 * k / max(1, S - 1))
+            for ax, name in zip(axes[0], ("guided_exact", "guided_logp"), strict=False):
+                *curve, at_best = found[name][k]
+                ax.plot(ws, curve, color=colour, label=f"step {k + 1}")
+                w = found["w_star"][k]
+                ax.plot(min(max(w, ws[0]), ws[-1]), at_best, "*", color=colour, mec="black", mew=0.5, ms=11)
+        for ax in axes[0, :2]:
+            ax.axvline(1, color="0.5", lw=0.8)
+        axes[0, 0].set_title("puzzles solved", fontsize=10)
+        axes[0, 1].set_title("log π_w(y*), nats per cell; ★: w* of other puzzles", fontsize=10)
+        axes[0, 1].set_yscale("symlog", linthresh=1e-3)
+        axes[0, 1].set_ylim(top=0)
+        bars, ax = torch.arange(S) + 1, axes[0, 2]
+        ax.bar(bars - 0.2, found["exact"], 0.4, label="w = 1", color="#0072b2")
+        ax.bar(bars + 0.2, [e[-1] for e in found["guided_exact"]], 0.4, label="w = w*", color="#e69f00")
+        ax.set(title="puzzles solved at w = 1 and at w*", xlabel="latent step")
+        axes[0, 0].legend(fontsize=8)
+        ax.legend(fontsize=8)
+        percent(axes[0, 0])
+        percent(ax)
+
+
+RULES = {
+    "kl": ("#0072b2", "KL(π_c ‖ π_u)"),
+    "change": ("#009e73", "largest change"),
+    "head": ("#d55e00", "head"),
+}
+
+
+def draw_halting(found: dict, title: str, path: Path) -> None:
+    """Puzzles solved against forward passes, for each halting rule: its curve on validation puzzles, and
+    where its calibrated threshold came to lie on test puzzles."""
+    per_step = found["passes"] / len(found["exact"])
+    with figure(path, title, 1, 1, (6.5, 4.2), "forward passes, mean over the puzzles") as axes:
+        ax = axes[0, 0]
+        for rule, curve in found["halt"].items():
+            colour, label = RULES[rule]
+            ax.plot([s * per_step for s in curve["steps"]], curve["exact"], color=colour, label=label)
+            at = found["halting"][rule]
+            ax.plot(at["passes"], at["exact"], "*", color=colour, mec="black", ms=13)
+        ax.plot(found["passes"], found["halting"]["none"]["exact"], "ko", label="no halting")
+        ax.set_ylabel("puzzles solved")
+        ax.legend(title="stop by (★: on test puzzles)", fontsize=8)
+        percent(ax)
+
+
+def draw_thinking(found: dict, n_sup: int, title: str, path: Path) -> None:
+    """Puzzles solved and the norm of the residual against steps taken, for mazes of each size."""
+    with figure(path, title, 1, 2, (10, 4)) as axes:
+        for k, (size, of) in enumerate(found.items()):
+            colour, steps = pyplot().colormaps["viridis"](k / 3.5), range(1, len(of["exact"]) + 1)
+            for ax, name in zip(axes[0], ("exact", "residual"), strict=True):
+                ax.plot(steps, of[name], color=colour, label=f"{size} x {size} ({of['puzzles']} puzzles)")
+        for ax, name in zip(axes[0], ("exact", "residual"), strict=True):
+            ax.axvline(n_sup, color="0.5", lw=0.8, ls="--", label="steps in training")
+            ax.set_title(LABELS[name], fontsize=10)
+        axes[0, 1].set_yscale("log")
+        axes[0, 0].legend(fontsize=8)
+        percent(axes[0, 0])
+
+
 def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     """[(caption, tokens [L], wrong cells [L]), ..]: question, each step's answer, solution; how it went."""
     x, y_star, frames, found = puzzle.x, puzzle.y, [], "not solved"
-    for s, (_, logits) in enumerate(rollout(model, x), 1):
-        answer = logits.argmax(-1)  # [1, L]
+    for s, step in enumerate(rollout(model, x), 1):
+        answer = step.logits_c.argmax(-1)  # [1, L]
         wrong, solved = answer != y_star, TASKS[model.cfg.task].solved(x, answer).item()
         frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong[0]))
         found = f"solved at step {s}" if solved and found == "not solved" else found
@@ -782,7 +1223,14 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 # §9  Files: written beside their place and renamed when complete; checked when read
 
-RUN_OPTIONS = ("device", "out", "figures", "test_size")  # may differ between training and a later evaluation
+RUN_OPTIONS = (
+    "device",
+    "out",
+    "figures",
+    "test_size",
+    "think",
+    "halt",
+)  # may differ between training and a later evaluation
 FACTS = {"steps_done": int, "examples_seen": int, "train_seconds": float, "stopped": str}  # of the training
 
 
@@ -830,8 +1278,9 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         trained = Config(**content["config"])
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         # where and what to write comes from the command line or the defaults, never from the file
-        here = {"device": Config.device, "out": Config.out, "figures": Config.figures}
-        here |= {name: value for name, value in given.items() if name in RUN_OPTIONS}
+        free = RUN_OPTIONS if trained.mixer == "mlp" else (*RUN_OPTIONS, "size")
+        here = {name: getattr(Config, name) for name in ("device", "out", "figures", "think", "halt")}
+        here |= {name: value for name, value in given.items() if name in free}
         model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
     except Exception as e:  # what a damaged or foreign file makes torch.load and the rest raise has no end
@@ -840,7 +1289,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     if not all(v.isfinite().all() for v in model.state_dict().values()):
         raise UserError(f"--eval {path}: has weights that are not finite; {wanted}")
     for name, value in given.items():
-        if name not in RUN_OPTIONS and value != getattr(trained, name):
+        if name not in free and value != getattr(trained, name):
             only = getattr(trained, name)
             raise UserError(f"{flag(name)} {value}: --eval {path} allows only {only}, as trained")
     return model, facts
@@ -872,6 +1321,8 @@ def parse(argv) -> dict:
         schemes = [f", {name}: {scheme[f.name]}" for name, scheme in SCHEMES.items() if f.name in scheme]
         help = f"{f.metadata['help']}; {allowed(f)} [{f.default}{''.join(schemes)}]".replace("%", "%%")
         kind = {"type": read, "metavar": "VALUE"}
+        if f.metadata["bare"]:
+            kind |= {"nargs": "?", "const": f.metadata["bare"]()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
@@ -932,11 +1383,44 @@ class Watch:
             print(start + line, end=end, flush=True)
 
 
-def print_table(curves: dict) -> None:
-    """The METRICS, a line for each step."""
-    print("\nstep    solved   cells  log pi(y*)     margin  KL(c || u)  margin > 0")
-    for s, row in enumerate(zip(*(curves[name] for name in METRICS), strict=True), 1):
-        print("{:4}  {:8.1%}  {:6.1%}  {:10.5f}  {:9.5f}  {:10.5f}  {:10.1%}".format(s, *row))
+def print_table(found: dict) -> None:
+    """What `diagnose` found, a line for each step."""
+    print(
+        "\nstep  solved   cells  log pi(y*)   gain, 95% interval    margin  KL(c||u)    w*   at w*  verdict"
+    )
+    names = (
+        "exact",
+        "cells",
+        "logp",
+        "gain_interval",
+        "margin",
+        "kl",
+        "w_star",
+        "guided_exact",
+        "verdict",
+        "size",
+    )
+    line = "{:4}  {:6.1%}  {:6.1%}  {:10.5f}  {:8.5f} {:8.5f}  {:8.5f}  {:8.5f}  {:5.2f}  {:6.1%}  {}"
+    for s, row in enumerate(zip(*(found[name] for name in names), strict=True), 1):
+        exact, cells, logp, interval, gap, kl, w, guided, verdict, size = row
+        words = verdict if verdict == "dead" else f"{verdict}, {size}"
+        print(line.format(s, exact, cells, logp, *interval, gap, kl, w, guided[-1], words))
+    print(f"\n{found['summary']}")
+    if cut := found.get("cut"):
+        said = "without the dead steps, {changed} answers differ: {won} more are solved, {lost} no longer are"
+        print(said.format(**cut))
+    print("\nstop by   solved  passes  puzzles/s   (thresholds from validation puzzles)")
+    for rule, of in found["halting"].items():
+        print(f"{rule:8}  {of['exact']:6.1%}  {of['passes']:6.1f}  {of['puzzles_per_second']:9.0f}")
+
+
+def print_thinking(found: dict) -> None:
+    """Puzzles solved after 1, 2, 3, .. and more steps, a line for each size."""
+    steps = len(next(iter(found.values()))["exact"])
+    shown = sorted({round(steps * k / 12) for k in range(1, 13)} - {0})
+    print("\nsolved after steps " + " ".join(f"{s:6}" for s in shown))
+    for size, of in found.items():
+        print(f"{f'{size} x {size}':18} " + " ".join(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
 def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[LoopedModel, dict, Path]:
@@ -949,7 +1433,7 @@ def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[Loope
         pyplot()  # if it is missing, say so now and not after the training
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
     if not model:
-        most = cfg.batch_size * (cfg.steps if cfg.halt else -(-cfg.steps // cfg.n_sup))  # that can get seen
+        most = cfg.batch_size * (cfg.steps if cfg.act else -(-cfg.steps // cfg.n_sup))  # that can get seen
         made = task.make(cfg.pick * min(cfg.train_size, most), cfg.size, "train", cfg.seed)
         data = hardest(made, cfg.pick).to(device)
         held_out = task.make(min(200, cfg.test_size), cfg.size, "valid").to(device)
@@ -960,30 +1444,79 @@ def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[Loope
     return model.to(device), facts, out
 
 
+def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: Path) -> list[str]:
+    """Every figure of a run; returns the file names."""
+    cfg, exact, best = model.cfg, found["exact"], [e[-1] for e in found["guided_exact"]]
+    title = f"{cfg.task}, {cfg.scheme}: {exact[0]:.1%} of {len(test)} held-out puzzles solved after step 1, "
+    title += f"{exact[-1]:.1%} after step {len(exact)}\n{found['summary']}"
+    draw_improvement(found, title, out / "improvement.png")
+    k = max(range(len(exact)), key=lambda k: abs(best[k] - exact[k]))
+    title = f"Guiding step {k + 1} by its own w* takes it from {exact[k]:.1%} to {best[k]:.1%} solved"
+    draw_guidance(found, f"{title}, the last from {exact[-1]:.1%} to {best[-1]:.1%}", out / "guidance.png")
+    rule = min(found["halt"], key=lambda rule: found["halting"][rule]["passes"])
+    plain, halted = found["halting"]["none"], found["halting"][rule]
+    title = (
+        f"Stopping by {RULES[rule][1]}: {halted['exact']:.1%} solved with {halted['passes']:.1f} passes,\n"
+    )
+    draw_halting(
+        found, f"{title}without: {plain['exact']:.1%} with {plain['passes']:.0f}", out / "halting.png"
+    )
+    size, of = list(longer.items())[-1]
+    most = max(of["exact"])
+    title = f"Trained on {cfg.size} x {cfg.size}: solves {most:.0%} of {size} x {size}"
+    title += f", first at step {of['exact'].index(most) + 1}; trained for {cfg.n_sup}"
+    draw_thinking(longer, cfg.n_sup, title, out / "thinking.png")
+    order = (test.x != test.y).sum(1).argsort(stable=True)  # by the length of the solution
+    puzzle = test[order[-max(1, len(test) // 100)]][None]  # the shortest of the longest 1%
+    return [f"{name}.png" for name in ("improvement", "guidance", "halting", "thinking")] + draw_solution(
+        model, puzzle, out
+    )
+
+
+def readable(value):
+    """`value` with numbers as JSON has them: what is not finite becomes text."""
+    if isinstance(value, dict):
+        return {k: readable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [readable(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def run(given: dict, started: float, interrupts: list) -> int:
-    """Train a model or load one; evaluate it, draw and write what was found. Returns the exit code."""
+    """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
     checkpoint = given.pop("eval")
     model, facts, out = obtain(given, checkpoint, interrupts)
     fresh = checkpoint is None
-    cfg, params = model.cfg, sum(p.numel() for p in model.parameters())
-    test = TASKS[cfg.task].make(cfg.test_size, cfg.size, "test").to(model.y0.device)
-    curves = evaluate(model, test)
-    print_table(curves)
-    first, last = (f"{curves['exact'][s]:.1%}" for s in (0, -1))
-    passes = f"{curves['passes']} forward passes each"
-    print(f"\n{last} of {len(test)} held-out puzzles solved, with {passes}, by {params:,} parameters")
-    written = ["model.pt"] * fresh + ["metrics.json"]
-    if cfg.figures:
-        title = f"{cfg.task}, {cfg.scheme}: {first} of {len(test)} held-out puzzles solved after step 1, "
-        draw_improvement(curves, f"{title}{last} after step {cfg.n_sup}", out / "improvement.png")
-        order = (test.x != test.y).sum(1).argsort(stable=True)  # by the length of the solution
-        puzzle = test[order[-max(1, len(test) // 100)]][None]  # the shortest of the longest 1%
-        written += ["improvement.png", *draw_solution(model, puzzle, out)]
+    cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
+    test = make(cfg.test_size, cfg.size, "test").to(model.y0.device)
+    valid = make(min(cfg.test_size, VALID_SIZE), cfg.size, "valid", 1).to(model.y0.device)
+    found = diagnose(model, test, valid)
+    print_table(found)
+    longer = think_longer(model)
+    print_thinking(longer)
+    got = found["halting"]["none" if cfg.halt == "off" else cfg.halt]
+    passes = f"{got['passes']:.1f}".removesuffix(".0") + (
+        f" of {found['passes']}" if cfg.halt != "off" else ""
+    )
+    print(
+        f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {passes} forward passes each",
+        end="",
+    )
+    print((f" on average (--halt {cfg.halt})" if cfg.halt != "off" else "") + f", by {params:,} parameters")
+    written = (
+        ["model.pt"] * fresh
+        + ["metrics.json"]
+        + (draw_all(model, test, found, longer, out) if cfg.figures else [])
+    )
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
-    metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **curves}
-    metrics |= {"total_seconds": round(time.perf_counter() - started, 2), "config": asdict(cfg)}
+    metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **found}
+    metrics |= {
+        "thinking": longer,
+        "total_seconds": round(time.perf_counter() - started, 2),
+        "config": asdict(cfg),
+    }
     with replacing(out / "metrics.json") as beside:
-        beside.write_text(json.dumps(metrics, indent=1))
+        beside.write_text(json.dumps(readable(metrics), indent=1))
     print(f"{metrics['total_seconds']:.0f} s in all; wrote {', '.join(written)}")
     return 130 if interrupts else 2 if facts["stopped"] and fresh else 0
 
