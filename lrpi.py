@@ -39,12 +39,12 @@ THE COMMANDS
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - The default token mixer is a local convolution: on a CPU it learns mazes far faster than attention does.
     TRM's own block is --mixer attention (or mlp) --layers 2 --ffn 0; its widths are larger, too.
-  - The default targets are a solver's edits, which the paper proposes and does not test: what dead-end filling
-    has after 8, 16, .. rounds. Training then uses more than puzzles and solutions. The paper's way, a share of
-    the solution, is --target reveal --step-index. It follows a concave schedule, (s / N_sup)^0.3: which cells
-    get revealed cannot be predicted, so below one half the best guess at a reveal is the bare puzzle.
-  - No step index: all steps are the same map, so that more of them than in training can be taken. In training,
-    noise is added to the state before every step, so that the map leads back to where it belongs.
+  - The default targets are a solver's edits, which the paper proposes and does not test: what dead-end
+    filling has after 8, 16, .. rounds. Training then uses more than puzzles and solutions. The paper's way, a
+    share of the solution, is --target reveal --step-index. Its schedule is concave, (s / N_sup)^0.3: which
+    cells get revealed cannot be predicted, so below one half the best guess at them is the bare puzzle.
+  - No step index: all steps are the same map, so that more of them than in training can be taken. Noise is
+    added to the state before every training step, so that the map leads back to where it belongs.
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
@@ -583,7 +583,7 @@ def margin(logits_u, logits_c, y, w: float = 1.0) -> torch.Tensor:
 def best_guidance(logits_u, logits_c, y) -> float:
     """w* = argmin_w of L(w) summed over all positions: above 1 the step is too timid, below it overshoots.
 
-    Newton's method with the two `derivatives`, in float64, guarded by the bracket that the slope's sign leaves.
+    Newton's method with the two `derivatives`, in float64, within the bracket that the slope's sign leaves.
     inf (-inf): at every position, more (less) of the step is always better. nan: the step is dead, as its
     residuals differ by no more than the rounding of their logits does, or there are no positions.
     """
@@ -951,7 +951,7 @@ def verdicts(intervals: list, below, within, above) -> list:
 
 
 def summary(verdict: list[str]) -> str:
-    """["improves", "improves", "dead"] -> "steps 1-2 improve, step 3 is dead: 67% of the forward passes .."."""
+    """["improves", "improves", "dead"] -> "steps 1-2 improve, step 3 is dead: 67% of the forward .."."""
     one = {"improves": "improves", "harms": "harms", "dead": "is dead"}
     many, parts = {"improves": "improve", "harms": "harm", "dead": "are dead"}, []
     for kind, run in itertools.groupby(range(1, len(verdict) + 1), key=lambda s: verdict[s - 1]):
@@ -965,7 +965,7 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     """Which steps work: all that `evaluate` finds on `test`, with what `calibrate` chose on `valid`, and
 
     "verdict": of each step, by the interval of its gain in log pi(y*): improves, dead (it may be 0) or harms;
-    "size": too timid or overshoots, where the interval of its margin and w* say so, and just right elsewhere;
+    "step_size": too timid or overshoots, where the interval of its margin and w* say so, and just right elsewhere;
     "guided_exact", "guided_logp" [S][ws]: under the guidance weights "ws" and, last, under the step's own w*
     (kept within `ws`, and 1 where it is undefined); "cut": what leaving out the dead steps changes.
     """
@@ -978,7 +978,7 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     )  # of w* - 1, on the test puzzles; both must agree
     agree = [sign * (w - 1) > 0 for sign, w in zip(by_margin, chosen["w_star"], strict=True)]
     sizes = [sign if same else 0 for sign, same in zip(by_margin, agree, strict=True)]
-    found["size"] = [("just right", "too timid", "overshoots")[sign] for sign in sizes]
+    found["step_size"] = [("just right", "too timid", "overshoots")[sign] for sign in sizes]
     alive = [s for s, verdict in zip(model.cfg.thinks, found["verdict"], strict=True) if verdict != "dead"]
     found["summary"], found["halting"] = (
         summary(found["verdict"]),
@@ -996,14 +996,14 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
 def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
     """{size: what `evaluate` finds in 4 N_sup steps}, on test puzzles of the model's size and of larger ones.
 
-    Of every size so many puzzles that they have about `cells` cells, and 20 at least.
+    Of every size so many puzzles that they have about `cells` cells, and 5 at least.
     """
     cfg, steps = model.cfg, range(1, 4 * model.cfg.n_sup + 1)
     sizes = [cfg.size, *(size for size in (15, 21, 31) if size > cfg.size and cfg.mixer != "mlp")]
     found = {}
     for size in sizes:
         larger = resized(model, size)
-        puzzles = TASKS[cfg.task].make(max(20, cells // size**2), size, "test").to(model.y0.device)
+        puzzles = TASKS[cfg.task].make(max(5, cells // size**2), size, "test").to(model.y0.device)
         found[size] = {"puzzles": len(puzzles), **evaluate(larger, puzzles, steps)}
     return found
 
@@ -1084,11 +1084,11 @@ def draw_improvement(found: dict, title: str, path: Path) -> None:
 
 def draw_margins(ax, margins: list) -> None:
     """The shares of cells [S][bins] whose margins lie between MARGIN_EDGES, stacked for each step."""
-    low, last, colours = 0.0, len(MARGIN_EDGES), pyplot().colormaps["RdBu"]
+    low, last, colours = [0.0] * len(margins), len(MARGIN_EDGES), pyplot().colormaps["RdBu"]
     names = {0: "below −1", last // 2: "within 1e-5 of 0", last: "above 1"}
-    for k, share in enumerate(torch.tensor(margins).T):  # [S]
-        ax.bar(range(1, len(margins) + 1), share, 0.9, low, color=colours(k / last), label=names.get(k))
-        low = low + share
+    for k, shares in enumerate(zip(*margins, strict=True)):  # [S]
+        ax.bar(range(1, len(margins) + 1), shares, 0.9, low, color=colours(k / last), label=names.get(k))
+        low = [a + b for a, b in zip(low, shares, strict=True)]
     ax.set_title("margins of the cells, by powers of ten", fontsize=10)
     ax.legend(fontsize=7, loc="center right")
     percent(ax)
@@ -1111,9 +1111,9 @@ def draw_guidance(found: dict, title: str, path: Path) -> None:
         axes[0, 1].set_title("log π_w(y*), nats per cell; ★: w* of other puzzles", fontsize=10)
         axes[0, 1].set_yscale("symlog", linthresh=1e-3)
         axes[0, 1].set_ylim(top=0)
-        bars, ax = torch.arange(S) + 1, axes[0, 2]
-        ax.bar(bars - 0.2, found["exact"], 0.4, label="w = 1", color="#0072b2")
-        ax.bar(bars + 0.2, [e[-1] for e in found["guided_exact"]], 0.4, label="w = w*", color="#e69f00")
+        ax, at_best = axes[0, 2], [exact[-1] for exact in found["guided_exact"]]
+        ax.bar([k + 0.8 for k in range(S)], found["exact"], 0.4, label="w = 1", color="#0072b2")
+        ax.bar([k + 1.2 for k in range(S)], at_best, 0.4, label="w = w*", color="#e69f00")
         ax.set(title="puzzles solved at w = 1 and at w*", xlabel="latent step")
         axes[0, 0].legend(fontsize=8)
         ax.legend(fontsize=8)
@@ -1398,7 +1398,7 @@ def print_table(found: dict) -> None:
         "w_star",
         "guided_exact",
         "verdict",
-        "size",
+        "step_size",
     )
     line = "{:4}  {:6.1%}  {:6.1%}  {:10.5f}  {:8.5f} {:8.5f}  {:8.5f}  {:8.5f}  {:5.2f}  {:6.1%}  {}"
     for s, row in enumerate(zip(*(found[name] for name in names), strict=True), 1):
@@ -1492,7 +1492,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
     valid = make(min(cfg.test_size, VALID_SIZE), cfg.size, "valid", 1).to(model.y0.device)
     found = diagnose(model, test, valid)
     print_table(found)
-    longer = think_longer(model)
+    longer = think_longer(model, min(30_000, test.x.numel()))
     print_thinking(longer)
     got = found["halting"]["none" if cfg.halt == "off" else cfg.halt]
     passes = f"{got['passes']:.1f}".removesuffix(".0") + (

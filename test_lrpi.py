@@ -5,6 +5,7 @@
 What is checked is computed a second time in this file, by other means; tolerances stand where they are used.
 """
 
+import itertools
 import json
 import math
 import os
@@ -88,7 +89,7 @@ def test_mazes_are_perfect_and_labels_are_their_unique_shortest_path(size, count
 def test_stages_are_rounds_of_dead_end_filling_and_end_in_the_label():
     puzzles = lrpi.make_mazes(20, 11, "train", seed=1)
     rounds = puzzles.order.max().item()
-    stages = [puzzles.stage(r) for r in range(rounds + 2)]
+    stages = [puzzles.stage(torch.full((20,), r)) for r in range(rounds + 2)]
     for i, maze in enumerate(puzzles.x.tolist()):
         answer = [PATH if token == OPEN else token for token in maze]
         for r in range(rounds + 2):
@@ -258,7 +259,7 @@ def test_forward_passes_are_counted(scheme, passes):
 @pytest.mark.parametrize("T", [1, 3])
 def test_a_step_is_the_recursion_written_out(T, recall):
     """Outputs and gradients equal those of the recursion in plain code; atol 1e-6."""
-    model, x, y, z, s = model_and_state(tiny(T=T, n=2, recall=recall))
+    model, x, y, z, s = model_and_state(tiny(T=T, n=2, recall=recall, step_index=True))
     got = model(x, y, z, s + 2)
     weights = torch.randn_like(got[0])
     gradients = torch.autograd.grad((got[0] * weights).sum(), list(model.parameters()), allow_unused=True)
@@ -300,7 +301,7 @@ def test_the_state_is_detached_between_steps(monkeypatch):
 
 
 def test_the_step_index_is_seen_and_held_past_the_last_step():
-    model, x, y, z, s = model_and_state(tiny())
+    model, x, y, z, s = model_and_state(tiny(step_index=True))
     out = [model(x, y, z, s * k)[0] for k in (1, 2, 6, 24)]
     assert not torch.allclose(out[0], out[1]) and torch.equal(out[2], out[3])
 
@@ -424,18 +425,155 @@ def test_advantage_and_divergence_against_torch_distributions():
     assert torch.allclose(lrpi.margin(u, u + 5.0, y), torch.zeros(4, 5, dtype=torch.float64), atol=1e-12)
 
 
+def test_derivatives_are_those_of_the_loss():
+    """Prop. 4.1 on 3,000 random cases in float64: autograd (1e-10), central differences (1e-5), convexity."""
+    g = generator(3)
+    u, c = (4 * torch.randn(3000, 6, dtype=torch.float64, generator=g) for _ in range(2))
+    y = torch.randint(0, 6, (3000,), generator=g)
+    w = (4 * torch.rand(3000, dtype=torch.float64, generator=g) - 1).requires_grad_()
+
+    def loss(w):
+        return F.cross_entropy(u + w[:, None] * (c - u), y, reduction="none")
+
+    slope = torch.autograd.grad(loss(w).sum(), w, create_graph=True)[0]
+    curvature = torch.autograd.grad(slope.sum(), w)[0]
+    for i in range(0, 3000, 500):  # w is one number for all positions
+        at = w[i].item()
+        got = lrpi.derivatives(u[i], c[i], y[i], at)
+        assert abs(got[0] - slope[i]) < 1e-10 and abs(got[1] - curvature[i]) < 1e-10
+    got = lrpi.derivatives(u, c, y, w.detach()[:, None])
+    assert torch.allclose(got[0], slope, atol=1e-10) and torch.allclose(got[1], curvature, atol=1e-10)
+    h = 1e-4
+    with torch.no_grad():
+        below, here, above = (loss(w + d) for d in (-h, 0, h))
+    assert torch.allclose(got[0], (above - below) / (2 * h), atol=1e-5)
+    assert torch.allclose(got[1], (above - 2 * here + below) / h**2, atol=1e-5)
+    assert (got[1] >= 0).all() and (got[1] > 0).any()
+    assert torch.equal(lrpi.margin(u, c, y, w.detach()[:, None]), -got[0])
+
+
+def test_a_shift_of_the_logits_changes_nothing():
+    """delta and A give one margin, one KL and one residual, and w* stays: atol 1e-9."""
+    u, c, y = two_logits()
+    shifted = u + 7.0, c - 13.0 * torch.rand(4, 5, 1, dtype=torch.float64)
+    as_policies = u.log_softmax(-1), c.log_softmax(-1)
+    for other in (shifted, as_policies):
+        for f in (lrpi.divergence, lrpi.largest_change, lrpi.residual_norm, lrpi.advantage):
+            assert torch.allclose(f(*other), f(u, c), atol=1e-9), f
+        assert torch.allclose(lrpi.margin(*other, y, 0.7), lrpi.margin(u, c, y, 0.7), atol=1e-9)
+        assert abs(lrpi.best_guidance(*other, y) - lrpi.best_guidance(u, c, y)) < 1e-9
+    plain = (u.softmax(-1) - c.softmax(-1)).abs().max(-1).values
+    assert torch.allclose(lrpi.largest_change(u, c), plain, atol=1e-12)
+    delta = (c - u).view(20, 7)
+    norms = [math.sqrt(sum((a - sum(d) / 7) ** 2 for a in d)) for d in delta.tolist()]
+    assert torch.allclose(lrpi.residual_norm(u, c).flatten(), torch.tensor(norms).double(), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale, lean", [(1.0, 0.5), (3.0, 1.5), (8.0, 3.0), (0.05, 0.02), (100.0, 60.0)])
+def test_best_guidance_against_a_grid_search(scale, lean):
+    """For 30 sets of positions each: no point of a grid beats w*, and neighbours of w* on either side do not."""
+    for seed in range(30):
+        g = generator(seed)
+        u, c = (scale * torch.randn(40, 5, dtype=torch.float64, generator=g) for _ in range(2))
+        y = torch.randint(0, 5, (40,), generator=g)
+        c.scatter_add_(1, y[:, None], torch.full((40, 1), lean, dtype=torch.float64))
+
+        def loss(w, u=u, c=c, y=y):
+            return F.cross_entropy(u + w * (c - u), y, reduction="sum").item()
+
+        w = lrpi.best_guidance(u, c, y)
+        best = loss(w)
+        assert all(loss(k / 50) >= best - 1e-9 * abs(best) for k in range(-200, 400, 5))
+        assert loss(w + 1e-3) >= best - 1e-9 * abs(best) and loss(w - 1e-3) >= best - 1e-9 * abs(best)
+        slope, curvature = (d.sum().item() for d in lrpi.derivatives(u, c, y, w))
+        assert abs(slope / curvature) < 1e-9
+
+
+def test_best_guidance_where_there_is_no_minimum():
+    u = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    y = torch.tensor([0, 1])
+    towards = u + F.one_hot(y, 3)
+    assert lrpi.best_guidance(u, towards, y) == math.inf
+    assert lrpi.best_guidance(u, 2 * u - towards, y) == -math.inf
+    assert math.isnan(lrpi.best_guidance(u, u, y)) and math.isnan(lrpi.best_guidance(u, u + 5.0, y))
+    assert math.isnan(lrpi.best_guidance(u + 1000, u + 1000 + 1e-4 * torch.rand(2, 3), y)), "only rounding"
+    nobody = torch.full((2,), lrpi.IGNORE)
+    assert math.isnan(lrpi.best_guidance(u, towards, nobody))
+    assert math.isnan(lrpi.best_guidance(u[:0], u[:0], y[:0]))
+    half = torch.tensor([0, lrpi.IGNORE])
+    harmed = torch.cat([towards[:1], 2 * u[1:] - towards[1:]])
+    assert lrpi.best_guidance(u, harmed, half) == math.inf, "what is ignored does not count"
+    assert math.isfinite(lrpi.best_guidance(u, harmed, y))
+    dead_but_one = torch.cat([u[:1], harmed[1:]])
+    assert lrpi.best_guidance(u, dead_but_one, y) == -math.inf
+
+
+def test_ignored_positions_count_for_nothing():
+    u, c, y = two_logits()
+    some = y.clone()
+    some[::2] = lrpi.IGNORE
+    for w in (0.0, 1.0):
+        for part, whole in zip(lrpi.derivatives(u, c, some, w), lrpi.derivatives(u, c, y, w), strict=True):
+            assert (part[::2] == 0).all() and torch.equal(part[1::2], whole[1::2])
+    assert abs(lrpi.best_guidance(u, c, some) - lrpi.best_guidance(u[1::2], c[1::2], y[1::2])) < 1e-12
+    assert lrpi.margin(u[:0], c[:0], y[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [2, 5, 50_000])
+def test_extreme_logits_stay_finite(dtype, V):
+    """Entries of +-1e4, against float64: rtol 2%, as l_w up to 7e4 is known to 0.008 in float32; atol 1e-2."""
+    g = generator(V)
+    u, c = ((2e4 * torch.rand(6, V, generator=g) - 1e4).to(dtype) for _ in range(2))
+    u[0], c[0], u[1], c[1] = 1e4, -1e4, -1e4, 1e4  # constant rows
+    y = torch.randint(0, V, (6,), generator=g)
+    assert lrpi.guide(u, c, 0.5).dtype == torch.float32, "bfloat16 is widened"
+    for w in (-0.5, 0.0, 1.0, 3.0):
+        for got, exact in zip(
+            lrpi.derivatives(u, c, y, w), lrpi.derivatives(u.double(), c.double(), y, w), strict=True
+        ):
+            assert got.isfinite().all() and torch.allclose(got.double(), exact, rtol=2e-2, atol=1e-2)
+    for f in (lrpi.advantage, lrpi.divergence, lrpi.largest_change, lrpi.residual_norm):
+        got = f(u, c)
+        assert got.isfinite().all()
+        assert torch.allclose(got.double(), f(u.double(), c.double()), rtol=2e-2, atol=1e-2), f
+    assert (lrpi.divergence(u, c) >= 0).all() and (lrpi.largest_change(u, c) <= 1).all()
+    assert not math.isnan(lrpi.best_guidance(u, c, y))
+
+
+@pytest.mark.parametrize("u, c, y, said", [
+    (torch.zeros(3, 4), torch.zeros(3, 5), torch.zeros(3), ["[3, 4]", "[3, 5]"]),
+    (torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3), ["[3, 1]", "V > 1"]),
+    (torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0), ["[]"]),
+    (torch.zeros(3, 4), torch.full((3, 4), math.nan), torch.zeros(3), ["logits_c", "[3, 4]", "12 are NaN"]),
+    (torch.full((3, 4), math.inf), torch.zeros(3, 4), torch.zeros(3), ["logits_u", "12 are NaN or infinite"]),
+    (torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), ["[2]", "[3]"]),
+    (torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3), ["float32", "whole"]),
+    (torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 4, 1]), ["label 4", "0 to 3", "-100"]),
+    (torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, -1, 1]), ["label -1", "0 to 3"]),
+])  # fmt: skip
+def test_bad_logits_and_labels_are_refused(u, c, y, said):
+    for f in (lrpi.margin, lrpi.best_guidance, lrpi.derivatives):
+        with pytest.raises(ValueError, match=".") as e:
+            f(u, c, y)
+        assert all(words in str(e.value) for words in said) and "\n" not in str(e.value)
+    if "label" not in said[0] and len(u.shape) and "float32" not in said and y.shape == (3,):
+        for f in (lrpi.advantage, lrpi.divergence, lrpi.largest_change, lrpi.residual_norm):
+            with pytest.raises(ValueError, match="logits"):
+                f(u, c)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Targets
 
 
 @pytest.mark.parametrize("power", [0.3, 1.0, 2.0])
 def test_reveal_is_nested_monotone_and_exact_at_the_end(power):
-    puzzles, n_sup = lrpi.make_mazes(50, 11, "train"), 6
+    puzzles, n_sup, cfg = lrpi.make_mazes(50, 11, "train"), 6, lrpi.configure(reveal_power=power)
     x, y, noise = puzzles.x, puzzles.y, torch.rand(50, 121, generator=generator())
     before, differing = x, (x != y).sum(1)
     for s in range(1, n_sup + 1):
-        share = torch.full((50,), s / n_sup) ** power
-        target = lrpi.reveal(x, y, share, noise)
+        target = lrpi.reveal(puzzles, torch.full((50,), s), cfg, noise)
         assert ((target == x) | (target == y)).all()
         assert (target[before == y] == y[before == y]).all(), "nested: what was shown stays shown"
         for n, left in zip(differing.tolist(), (target != y).sum(1).tolist(), strict=True):
@@ -445,25 +583,46 @@ def test_reveal_is_nested_monotone_and_exact_at_the_end(power):
             )
         before = target
     assert torch.equal(before, y)
+    assert torch.equal(lrpi.reveal(puzzles, torch.full((50,), 9), cfg, noise), y), "and stays so"
 
 
 def test_reveal_gives_every_row_its_own_step():
-    puzzles = lrpi.make_mazes(4, 11, "train")
-    target = lrpi.reveal(puzzles.x, puzzles.y, torch.tensor([0.0, 0.5, 1.0, 1.0]), torch.rand(4, 121))
+    puzzles, cfg, noise = lrpi.make_mazes(4, 11, "train"), lrpi.configure(), torch.rand(4, 121)
+    target = lrpi.reveal(puzzles, torch.tensor([0, 3, 6, 7]), cfg, noise)
     assert torch.equal(target[0], puzzles.x[0]) and torch.equal(target[2:], puzzles.y[2:])
-    same = lrpi.reveal(puzzles.y, puzzles.y, torch.full((4,), 0.5), torch.rand(4, 121))
+    nothing = lrpi.Puzzles(puzzles.y, puzzles.y, puzzles.draft, puzzles.order)
+    same = lrpi.reveal(nothing, torch.full((4,), 3), cfg, noise)
     assert torch.equal(same, puzzles.y), "nothing differs, nothing to reveal"
 
 
 def test_reveal_takes_cells_at_random():
     """Each of the k differing cells is among the first half equally often: 2,000 draws, 5 sigma."""
-    puzzle = lrpi.make_mazes(200, 11, "train")
-    i = (puzzle.x != puzzle.y).sum(1).argmax().item()
-    x, y = puzzle.x[i].expand(2000, -1), puzzle.y[i].expand(2000, -1)
-    shown = lrpi.reveal(x, y, torch.full((2000,), 0.5), torch.rand(2000, 121, generator=generator())) == y
-    cells = puzzle.x[i] != puzzle.y[i]
+    puzzles = lrpi.make_mazes(200, 11, "train")
+    i = (puzzles.x != puzzles.y).sum(1).argmax()
+    same, cfg = puzzles[i.expand(2000)], lrpi.configure(n_sup=2, reveal_power=1.0)
+    noise = torch.rand(2000, 121, generator=generator())
+    shown = lrpi.reveal(same, torch.ones(2000), cfg, noise) == same.y
+    cells = puzzles.x[i] != puzzles.y[i]
     p = math.ceil(cells.sum().item() / 2) / cells.sum().item()
     assert (shown[:, cells].float().mean(0) - p).abs().max() < 5 * math.sqrt(p * (1 - p) / 2000)
+
+
+@pytest.mark.parametrize("pace", [1, 8])
+def test_edits_obey_the_lyapunov_bound(pace):
+    """A.2: wrong cells fall by `pace` a step at least until none is left, so within V0 / pace steps, rounded up."""
+    puzzles, cfg = lrpi.make_mazes(100, 11, "train", seed=4), lrpi.configure(pace=pace)
+    wrong = [(puzzles.draft != puzzles.y).sum(1)]
+    for s in range(1, 130 // pace):
+        target = lrpi.edits(puzzles, torch.full((100,), s), cfg, None)
+        wrong.append((target != puzzles.y).sum(1))
+        assert ((wrong[-1] <= wrong[-2] - pace) | (wrong[-1] == 0)).all()
+        done = s >= torch.ceil(wrong[0] / pace)
+        assert (wrong[-1][done] == 0).all()
+    mixed = lrpi.edits(puzzles, torch.arange(100) % 7, cfg, None)
+    for i in range(100):
+        assert torch.equal(mixed[i], puzzles[i : i + 1].stage(torch.tensor([pace * (i % 7)]))[0]), (
+            "row by row"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -507,18 +666,19 @@ def test_same_seed_same_weights():
     assert not torch.equal(a["tokens.weight"], c["tokens.weight"])
 
 
-@pytest.mark.parametrize("target", ["final", "reveal"])
+@pytest.mark.parametrize("target", ["final", "reveal", "edits"])
 def test_training_without_halting_equals_nested_loops(target, monkeypatch):
     """Where all rows keep step, the loop over episodes does what loops over batches and steps do.
 
     Weights move by about 0.1 here; atol is 1e-3, as Muon works in bfloat16 and magnifies the last bits.
     """
-    cfg = tiny(steps=9, n_sup=3, batch_size=4, target=target, warmup=2, ema=0.0)
+    given = {"steps": 9, "n_sup": 3, "batch_size": 4, "target": target, "warmup": 2, "ema": 0.0}
+    cfg = tiny(**given, noise=0.0, pace=2, step_index=True)
     data, phi, noises = lrpi.make_mazes(40, 5), lrpi.TARGETS[target], []
 
-    def spy(x, y_star, share, noise):
+    def spy(puzzles, s, cfg, noise):
         noises.append(noise)
-        return phi(x, y_star, share, noise)
+        return phi(puzzles, s, cfg, noise)
 
     monkeypatch.setitem(lrpi.TARGETS, target, spy)
     got = lrpi.train(cfg, data)[0].state_dict()
@@ -547,6 +707,9 @@ def test_training_without_halting_equals_nested_loops(target, monkeypatch):
                     differing.sort(key=lambda cell, b=b: noises[3 * batch][b, cell].item())
                     hidden = differing[math.ceil(len(differing) * (s / 3) ** cfg.reveal_power - 1e-5) :]
                     label[b, hidden] = x[b, hidden]
+            if target == "edits":
+                late = data.order[rows] > 2 * s
+                label[late] = data.draft[rows][late]
             loss = F.cross_entropy(model.readout(y).transpose(1, 2), label.long())
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -576,13 +739,14 @@ def test_averaged_weights_follow_the_decay():
 
 
 def test_puzzles_that_are_done_leave_and_all_others_stay():
-    cfg, data = tiny(steps=50, batch_size=3, halt=True), lrpi.make_mazes(7, 5)
+    cfg, data = tiny(steps=50, batch_size=3, act=True), lrpi.make_mazes(7, 5)
     batch = lrpi.Episodes(cfg, data, lrpi.LoopedModel(cfg))
     waiting, held, steps, rng = 20 * batch.line.tolist(), [None] * 3, [0] * 3, random.Random(0)
     assert sorted(waiting[:7]) == list(range(7)), "every puzzle is seen once before any is seen twice"
     done, state = [True] * 3, None
     for _ in range(30):
-        x, y_star = batch.advance()
+        puzzles = batch.advance()
+        x, y_star = puzzles.x, puzzles.y
         for place in range(3):
             if done[place]:
                 held[place], steps[place] = waiting.pop(0), 0
@@ -697,40 +861,217 @@ def test_evaluation_against_plain_loops(monkeypatch):
     """Every metric, cell by cell in float64, atol 1e-5; the logits lean towards the label, more and more."""
     puzzles, g = lrpi.make_mazes(12, 5, "test"), generator()
     lean = F.one_hot(puzzles.y.long(), 5).float()
-    logits = [k * lean + torch.randn(lean.shape, generator=g) for k in (0.0, 3.0, 4.0, 5.0)]
+    logits = [k * lean + torch.randn(lean.shape, generator=g) for k in (0.0, 3.0, 3.5, 4.0)]
 
-    def rollout(model, x, n_sup):
+    def rollout(model, x, steps=()):
         rows = [(puzzles.x == row).all(1).nonzero()[0, 0].item() for row in x]
-        return [(logits[s][rows], logits[s + 1][rows]) for s in range(3)]
+        return [lrpi.Step(None, logits[s][rows], logits[s + 1][rows], None) for s in range(3)]
 
     monkeypatch.setattr(lrpi, "rollout", rollout)
-    curves = lrpi.evaluate(lrpi.LoopedModel(tiny()), puzzles, batch=5)
+    ws = [[0.0, 1.0, 2.5]] * 3
+    curves = lrpi.evaluate(lrpi.LoopedModel(tiny()), puzzles, ws=ws, batch=5)
     assert 0 < curves["exact"][1] < 1
+    in_the_end = []
+    for i in range(12):
+        answer = logits[3][i].argmax(-1).tolist()
+        whole = START in answer and GOAL in answer
+        in_the_end.append(whole and solved_by_hand(puzzles.x[i].tolist(), answer, 5))
+    assert 0 < sum(in_the_end) < 12
     for s in range(3):
-        sums = dict.fromkeys(lrpi.METRICS, 0.0)
-        before, after = (logits[k].double().softmax(-1) for k in (s, s + 1))
-        for i in range(12):
-            answer = after[i].argmax(-1).tolist()
-            whole = START in answer and GOAL in answer
-            sums["exact"] += 25 * (whole and solved_by_hand(puzzles.x[i].tolist(), answer, 5))
-            for cell in range(25):
-                label, pu, pc = puzzles.y[i, cell].item(), before[i, cell].tolist(), after[i, cell].tolist()
-                A = [math.log(c / u) for u, c in zip(pu, pc, strict=True)]
-                gain = A[label] - sum(c * a for c, a in zip(pc, A, strict=True))
-                sums["cells"] += answer[cell] == label
-                sums["logp"] += math.log(pc[label])
-                sums["margin"] += gain
-                sums["kl"] += sum(c * a for c, a in zip(pc, A, strict=True))
-                sums["margin_positive"] += gain > 0
-        for name, total in sums.items():
-            assert abs(curves[name][s] - total / 300) < 1e-5, name
+        for of, rows in (
+            (curves, range(12)),
+            (curves["solved"], [i for i in range(12) if in_the_end[i]]),
+            (curves["unsolved"], [i for i in range(12) if not in_the_end[i]]),
+        ):
+            sums, bins, guided = dict.fromkeys(lrpi.METRICS, 0.0), [0] * 13, [[0.0, 0.0] for _ in ws[0]]
+            before, after = (logits[k].double().softmax(-1) for k in (s, s + 1))
+            delta = logits[s + 1].double() - logits[s].double()
+            for i in rows:
+                answer = after[i].argmax(-1).tolist()
+                whole = START in answer and GOAL in answer
+                sums["exact"] += 25 * (whole and solved_by_hand(puzzles.x[i].tolist(), answer, 5))
+                for k, w in enumerate(ws[0]):
+                    l_w = logits[s][i].double() + w * delta[i]
+                    said = l_w.argmax(-1).tolist()
+                    whole = START in said and GOAL in said
+                    guided[k][0] += 25 * (whole and solved_by_hand(puzzles.x[i].tolist(), said, 5))
+                    for cell in range(25):
+                        guided[k][1] += l_w.log_softmax(-1)[cell, puzzles.y[i, cell].item()].item()
+                for cell in range(25):
+                    label = puzzles.y[i, cell].item()
+                    pu, pc = before[i, cell].tolist(), after[i, cell].tolist()
+                    A = [math.log(c / u) for u, c in zip(pu, pc, strict=True)]
+                    gain = A[label] - sum(c * a for c, a in zip(pc, A, strict=True))
+                    sums["cells"] += answer[cell] == label
+                    sums["logp"] += math.log(pc[label])
+                    sums["gain"] += A[label]
+                    sums["margin"] += gain
+                    sums["kl"] += sum(c * a for c, a in zip(pc, A, strict=True))
+                    sums["margin_positive"] += gain > 0
+                    d = delta[i, cell].tolist()
+                    sums["residual"] += math.sqrt(sum((a - sum(d) / 5) ** 2 for a in d))
+                    bins[sum(gain > edge for edge in lrpi.MARGIN_EDGES)] += 1
+            n = 25 * len(rows)
+            for name, total in sums.items():
+                assert abs(of[name][s] - total / n) < 1e-5, name
+            if of is curves:
+                assert torch.allclose(torch.tensor(of["margins"][s]), torch.tensor(bins) / n, atol=1e-6)
+                for k in range(3):
+                    assert abs(of["guided_exact"][s][k] - guided[k][0] / n) < 1e-6
+                    assert abs(of["guided_logp"][s][k] - guided[k][1] / n) < 1e-5
 
 
 def test_a_rollout_can_be_longer_than_in_training():
-    model, x, *_ = model_and_state(tiny())
-    pairs = list(lrpi.rollout(model, x, n_sup=9))
-    assert len(pairs) == 9 and not pairs[0][0].requires_grad
-    assert all(torch.equal(pairs[s][1], pairs[s + 1][0]) for s in range(8)), "after a step is before the next"
+    model, x, *_ = model_and_state(tiny(n_sup=6))
+    seen = list(lrpi.rollout(model, x, range(1, 10)))
+    assert len(seen) == 9 and not seen[0].logits_u.requires_grad
+    for before, after in itertools.pairwise(seen):
+        assert torch.equal(before.logits_c, after.logits_u), "after a step is before the next"
+    longer, _, _, _, _ = model_and_state(tiny(n_sup=6, think=9))
+    assert torch.equal(list(lrpi.rollout(longer, x))[8].logits_c, seen[8].logits_c)
+    for step in seen:
+        assert torch.equal(step.logits_c, model.readout(step.y)) and step.rows.tolist() == [0, 1, 2]
+
+
+def synthetic(monkeypatch, puzzles, leans, spread=0.0, seed=0):
+    """Makes every rollout give logits that lean towards the label of its puzzle by leans[s] after step s."""
+    noise = torch.randn(len(puzzles), len(leans), *puzzles.y.shape[1:], 5, generator=generator(seed))
+    keys = {tuple(row): i for i, row in enumerate(puzzles.x.tolist())}
+
+    def rollout(model, x, steps=(), stop=None):
+        rows = torch.tensor([keys[tuple(row)] for row in x.tolist()])
+        lean = F.one_hot(puzzles.y[rows].long(), 5).float()
+        logits = [k * lean + spread * noise[rows, s] for s, k in enumerate(leans)]
+        for s in range(1, len(leans)):
+            yield lrpi.Step(torch.arange(len(x)), logits[s - 1], logits[s], None)
+
+    monkeypatch.setattr(lrpi, "rollout", rollout)
+
+
+def test_verdicts_on_steps_built_to_improve_do_nothing_or_harm(monkeypatch):
+    """With noise of 1 on every logit: a step that only draws new noise is dead, however large its KL."""
+    puzzles, valid = lrpi.make_mazes(300, 5, "test"), lrpi.make_mazes(300, 5, "test", 1)
+    both = lrpi.Puzzles(
+        *(torch.cat([getattr(p, f.name) for p in (puzzles, valid)]) for f in lrpi.fields(puzzles))
+    )
+    model = lrpi.LoopedModel(tiny(n_sup=5))
+    synthetic(monkeypatch, both, [0.0, 2.0, 2.0, 3.0, 2.0, 2.0], spread=1.0)
+    found = lrpi.diagnose(model, puzzles, valid)
+    assert found["verdict"] == ["improves", "dead", "improves", "harms", "dead"]
+    assert found["summary"] == (
+        "step 1 improves, step 2 is dead, step 3 improves, step 4 harms, step 5 is dead: "
+        "40% of the forward passes do the work"
+    )
+    assert found["kl"][1] > 0.1 and found["step_size"][3] == "overshoots"
+    synthetic(monkeypatch, both, [0.0, 2.0, 2.0, 2.0, 2.0, 3.0])
+    found = lrpi.diagnose(model, puzzles, valid)
+    assert found["verdict"] == ["improves", "dead", "dead", "dead", "improves"]
+    assert found["step_size"][0] == found["step_size"][4] == "too timid", "all residuals favour the label"
+    assert found["w_star"][0] == math.inf and all(math.isnan(w) for w in found["w_star"][1:4])
+    assert found["cut"]["steps"] == [2, 3, 4] and found["cut"]["changed"] == 0
+
+
+def test_verdicts_err_as_seldom_as_they_say(monkeypatch):
+    """100 rollouts of 5 dead steps: all 5 are found dead in at least 95 of 100 on average; 3 sigma: 88."""
+    puzzles, model, right = lrpi.make_mazes(60, 5, "test"), lrpi.LoopedModel(tiny(n_sup=5)), 0
+    monkeypatch.setattr(lrpi, "RESAMPLES", 1000)
+    for seed in range(100):
+        synthetic(monkeypatch, puzzles, [2.0] * 6, spread=1.0, seed=seed)
+        intervals = lrpi.evaluate(model, puzzles)["gain_interval"]
+        right += lrpi.verdicts(intervals, "harms", "dead", "improves") == ["dead"] * 5
+    assert right >= 88
+
+
+def test_intervals_against_a_plain_bootstrap(monkeypatch):
+    """Resampling 200 puzzles with replacement gives the same 98.33% interval, to a tenth of its width."""
+    puzzles, model = lrpi.make_mazes(200, 5, "test"), lrpi.LoopedModel(tiny(n_sup=3))
+    synthetic(monkeypatch, puzzles, [0.0, 1.0, 1.2, 1.1], spread=1.0)
+    found = lrpi.evaluate(model, puzzles, batch=64)
+    g = generator(5)
+    for s, step in enumerate(lrpi.rollout(model, puzzles.x)):
+        y = puzzles.y.long()[..., None]
+        before, after = (logits.log_softmax(-1).gather(-1, y) for logits in step[1:3])
+        gains = (after - before).mean((1, 2))
+        means = gains[torch.randint(0, 200, (4000, 200), generator=g)].mean(1)
+        expected = means.quantile(torch.tensor([0.05 / 6, 1 - 0.05 / 6])).tolist()
+        low, high = found["gain_interval"][s]
+        assert abs(low - expected[0]) + abs(high - expected[1]) < 0.2 * (high - low)
+
+
+def test_sums_do_not_depend_on_the_batch():
+    model, puzzles = lrpi.LoopedModel(tiny(n_sup=2)), lrpi.make_mazes(30, 5, "test")
+    a, b = (lrpi.evaluate(model, puzzles, batch=batch) for batch in (7, 30))
+    for name in lrpi.METRICS:
+        assert torch.allclose(torch.tensor(a[name]), torch.tensor(b[name]), atol=1e-4), name
+
+
+@pytest.mark.parametrize("rule", ["kl", "change", "head"])
+def test_halting_gives_the_answers_of_the_plain_rollout_at_the_halting_step(rule):
+    """Bit for bit, and whoever has stopped costs nothing: the batch that is left goes through the net alone."""
+    model, *_ = model_and_state(tiny(act=True, n_sup=9))
+    puzzles, sizes = lrpi.make_mazes(80, 5, "test"), []
+    plain = list(lrpi.rollout(model, puzzles.x))
+    scores = torch.stack([lrpi.HALTS[rule](model, step) for step in plain], 1)  # [80, 9]
+    threshold = scores.quantile(0.3).item()
+    model.blocks[0].register_forward_hook(lambda block, args, out: sizes.append(len(out)))
+    answers, taken = lrpi.answer(model, puzzles.x, stop=lrpi.stopping(rule, threshold), batch=50)
+    for i in range(80):
+        below = [s for s in range(9) if scores[i, s] <= threshold] or [8]
+        assert taken[i] == below[0] + 1
+        assert torch.equal(answers[i].long(), plain[below[0]].logits_c[i].argmax(-1))
+    assert len(taken.unique()) > 2, "they stop at different steps"
+    assert sum(sizes) == 3 * taken.sum().item()
+
+
+def test_halting_by_hand():
+    """KL and largest change of the most restless cell; the head of TRM with its sign turned."""
+    model, *_ = model_and_state(tiny(act=True))
+    u, c = torch.randn(4, 25, 5), torch.randn(4, 25, 5)
+    step = lrpi.Step(None, u, c, torch.randn(4, 25, 16))
+    p, q = u.softmax(-1), c.softmax(-1)
+    assert torch.allclose(lrpi.HALTS["kl"](model, step), (q * (q / p).log()).sum(-1).amax(1), atol=1e-5)
+    assert torch.allclose(lrpi.HALTS["change"](model, step), (q - p).abs().amax((1, 2)), atol=1e-6)
+    head = step.y[:, 0] @ model.halting.weight[0] + model.halting.bias
+    assert torch.allclose(lrpi.HALTS["head"](model, step), -head, atol=1e-5)
+
+
+def test_the_halting_threshold_is_the_cheapest_that_loses_little():
+    """Against a search over all thresholds by plain loops."""
+    g = generator(1)
+    scores, solved = (
+        torch.rand(400, 6, generator=g),
+        torch.rand(400, 6, generator=g) < torch.linspace(0.3, 0.9, 6),
+    )
+    solved = solved.cummax(1).values  # a solved puzzle stays solved
+    curve = lrpi.halting_curve(scores, solved)
+
+    def outcome(threshold):
+        steps, right = 0, 0
+        for row, ok in zip(scores.double().tolist(), solved.tolist(), strict=True):
+            s = next((s for s in range(5) if row[s] <= threshold), 5)
+            steps, right = steps + s + 1, right + ok[s]
+        return steps / 400, right / 400
+
+    full = outcome(-1.0)[1]
+    assert (curve["steps"][0], curve["exact"][0]) == outcome(-1.0), "the curve begins without halting"
+    steps, right = outcome(curve["threshold"])
+    assert right >= full - lrpi.HALT_LOSS - 1e-9
+    for threshold in scores.flatten().double().quantile(torch.linspace(0, 1, 50).double()).tolist():
+        other = outcome(threshold)
+        assert other[0] >= steps - 0.05 or other[1] < full - lrpi.HALT_LOSS
+
+
+def test_a_model_of_another_size_computes_the_same():
+    """On a 9 x 9 maze inside a wall of blank cells nothing is shared but the weights: they are the same."""
+    model, *_ = model_and_state(tiny(size=5))
+    larger = lrpi.resized(model, 9)
+    assert larger.cfg.size == 9 and all(
+        torch.equal(v, larger.state_dict()[k]) for k, v in model.state_dict().items()
+    )
+    h = torch.zeros(1, 9, 9, 16)
+    h[:, 2:7, 2:7] = torch.randn(1, 5, 5, 16)
+    inner = larger.blocks[0].mix(h.flatten(1, 2)).unflatten(1, (9, 9))[:, 2:7, 2:7]
+    assert torch.allclose(inner.flatten(1, 2), model.blocks[0].mix(h[:, 2:7, 2:7].flatten(1, 2)), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -772,7 +1113,15 @@ def trained(tmp_path_factory):
 
 def test_the_command_writes_everything(trained):
     done, out = trained
-    names = ["improvement.png", "metrics.json", "model.pt", "solution.gif", "solution.png"]
+    pictures = [
+        "guidance.png",
+        "halting.png",
+        "improvement.png",
+        "solution.gif",
+        "solution.png",
+        "thinking.png",
+    ]
+    names = sorted([*pictures, "metrics.json", "model.pt"])
     assert sorted(p.name for p in out.iterdir()) == names, "and no temporary files"
     metrics = json.loads((out / "metrics.json").read_text())
     facts = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 18, "device": metrics["device"]}
@@ -781,14 +1130,25 @@ def test_the_command_writes_everything(trained):
     model = lrpi.load_checkpoint(str(out / "model.pt"))[0]
     assert metrics["params"] == sum(p.numel() for p in model.parameters())
     assert 0 < metrics["train_seconds"] < metrics["total_seconds"]
-    for name in ("exact", "cells", "logp", "margin", "kl", "margin_positive"):
+    for name in ("exact", "cells", "logp", "margin", "kl", "margin_positive", "gain", "residual"):
         assert len(metrics[name]) == 6 and all(map(math.isfinite, metrics[name]))
-    table = [
-        line.split()
-        for line in done.stdout.splitlines()
-        if line[:4].strip().isdigit() and len(line.split()) == 7
-    ]
+    lines = done.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("step  solved"))
+    table = [line.split() for line in lines[at + 1 : at + 7]]
     assert [row[1] for row in table] == [f"{v:.1%}" for v in metrics["exact"]]
+    assert [row[10].strip(",") for row in table] == metrics["verdict"]
+    assert lines[at + 8] == metrics["summary"] and metrics["summary"].endswith("passes do the work")
+    assert list(metrics["halting"]) == ["none", "kl", "change"] and len(metrics["w_star"]) == 6
+    assert metrics["halting"]["none"] == {
+        **metrics["halting"]["none"],
+        "passes": 18,
+        "exact": metrics["exact"][5],
+    }
+    assert list(metrics["thinking"]) == ["5", "15", "21", "31"]
+    assert all(len(of["exact"]) == 24 and of["puzzles"] >= 5 for of in metrics["thinking"].values())
+    for of in ("solved", "unsolved"):
+        assert metrics[of] is None or len(metrics[of]["logp"]) == 6
+    assert all(len(row) == len(metrics["ws"]) + 1 for row in metrics["guided_exact"] + metrics["guided_logp"])
     assert len([line for line in done.stdout.splitlines() if "held-out solved" in line]) == 10, (
         "sparse progress"
     )
@@ -799,7 +1159,7 @@ def test_figures_are_pictures_and_the_animation_has_all_frames(trained):
     from PIL import Image
 
     _, out = trained
-    for name in ("improvement.png", "solution.png"):
+    for name in ("improvement.png", "guidance.png", "halting.png", "thinking.png", "solution.png"):
         with Image.open(out / name) as image:
             assert image.format == "PNG" and 700 < image.width < 1600
             assert len(image.convert("RGB").getcolors(10**6)) > 5, "something is drawn"
@@ -820,6 +1180,8 @@ def test_a_long_rollout_is_drawn_in_18_frames_at_most(tmp_path):
 
 def without_times(path):
     metrics = json.loads(path.read_text())
+    for of in metrics["halting"].values():
+        assert of.pop("puzzles_per_second") > 0
     return {k: v for k, v in metrics.items() if k not in ("total_seconds", "config")}
 
 
@@ -834,6 +1196,34 @@ def test_eval_reproduces_the_metrics(trained):
     )
 
 
+def test_eval_can_halt_think_longer_and_change_the_size(trained, tmp_path, capsys):
+    checkpoint = ["--eval", str(trained[1] / "model.pt"), "--no-figures", "--out", str(tmp_path)]
+    assert lrpi.main([*checkpoint, "--halt", "--think", "9", "--size", "9"]) == 0
+    metrics, said = json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out
+    assert len(metrics["exact"]) == 9 and metrics["passes"] == 27 and metrics["size"] == 9
+    halted = metrics["halting"]["kl"]
+    assert f"with {halted['passes']:.1f}".removesuffix(".0") + " of 27 forward passes each on average" in said
+    assert "(--halt kl)" in said and list(metrics["thinking"]) == ["9", "15", "21", "31"]
+    model, _ = lrpi.load_checkpoint(checkpoint[1], size=9)
+    test = lrpi.make_mazes(40, 9, "test")
+    stop = lrpi.stopping("kl", float(metrics["halt"]["kl"]["threshold"]))
+    answers, taken = lrpi.answer(model, test.x, range(1, 10), stop)
+    assert halted["passes"] == 3 * taken.double().mean()
+    assert halted["exact"] == lrpi.maze_solved(test.x, answers).double().mean()
+    assert lrpi.main([*checkpoint, "--halt", "head"]) == 2
+    assert "--act" in capsys.readouterr().err
+
+
+def test_what_is_made_for_one_size_keeps_it(tmp_path, capsys):
+    args = [*QUICK, "--steps", "5", "--no-figures", "--out", str(tmp_path)]
+    assert lrpi.main([*args, "--mixer", "mlp", "--act", "--halt", "head"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["thinking"]) == ["5"] and list(metrics["halting"]) == ["none", "kl", "change", "head"]
+    assert "--halt head" in capsys.readouterr().out
+    assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--size", "7"]) == 2
+    assert "--size 7" in capsys.readouterr().err
+
+
 def test_eval_does_not_inherit_where_training_wrote(tmp_path, capsys):
     assert lrpi.main([*QUICK, "--no-figures", "--out", str(tmp_path)]) == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -845,8 +1235,8 @@ def test_eval_does_not_inherit_where_training_wrote(tmp_path, capsys):
 
 @pytest.mark.parametrize("given", [
     ["--scheme", "trm", "--n-sup", "3"], ["--scheme", "trm-medium"], ["--size", "15"], ["--size", "21"],
-    ["--mixer", "attention"], ["--mixer", "mlp"], ["--target", "final", "--no-recall", "--no-step-index"],
-    ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
+    ["--mixer", "attention"], ["--mixer", "mlp"], ["--target", "final", "--no-recall"],
+    ["--target", "reveal", "--step-index", "--noise", "0"], ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
 ])  # fmt: skip
 def test_every_kind_of_model_trains(given, tmp_path, capsys):
     small = ["--steps", "5", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
@@ -879,6 +1269,11 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--ema", "1"], ["--ema", "1", "0.99"]),
     (["--mixer", "attention", "--heads", "5"], ["--heads", "5", "64"]),
     (["--device", "tpu"], ["--device", "tpu", "cpu"]),
+    (["--pace", "0"], ["--pace", "0", "from 1"]),
+    (["--noise", "-1"], ["--noise", "-1", "from 0"]),
+    (["--think", "-1"], ["--think", "-1", "from 0"]),
+    (["--halt", "never"], ["--halt", "never", "off, kl, change, head"]),
+    (["--halt", "head"], ["--halt head", "--act"]),
     (["--eval", "nowhere.pt"], ["--eval", "nowhere.pt", "no such file"]),
     (["--out", "/dev/null/x"], ["--out", "/dev/null/x", "folder"]),
     (["--speed", "9"], ["--speed"]),
@@ -947,7 +1342,7 @@ def test_bad_checkpoints(trained, tmp_path, capsys):
 def test_a_checkpoint_of_another_size_or_scheme(trained, capsys):
     checkpoint = str(trained[1] / "model.pt")
     for args, named in (
-        (["--size", "11"], "11 5"),
+        (["--width", "11"], "11 16"),
         (["--scheme", "trm"], "trm dis"),
         (["--steps", "9"], "9 60"),
     ):
@@ -1053,6 +1448,7 @@ def test_every_option_is_a_flag_with_meaning_and_range():
         "one of dis, trm, trm-medium",
         "one of auto, cuda, mps, cpu",
         "--recall, --no-recall",
+        "--halt [VALUE]",
         "a whole number from 1 to 1000 [6, trm: 16, trm-medium: 16]",
     ):
         assert said in text
