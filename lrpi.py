@@ -874,10 +874,11 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
     return {"passes": (model.forward_passes - before) // len(starts), **curves}
 
 
-# Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first
-# two ask if the step was dead, by its most restless cell, without a label or training; the third is TRM's.
+# Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first two
+# ask if the step was dead, with no label and no training: by KL(pi_c || pi_u) of the whole answer, which is the
+# sum over its cells, and by the largest change of any cell's probability. The third is TRM's learned head.
 HALTS = {
-    "kl": lambda model, step: divergence(step.logits_u, step.logits_c).amax(1),
+    "kl": lambda model, step: divergence(step.logits_u, step.logits_c).sum(1),
     "change": lambda model, step: largest_change(step.logits_u, step.logits_c).amax(1),
     "head": lambda model, step: -model.halting(step.y[:, 0]).squeeze(-1),
 }
