@@ -600,12 +600,11 @@ def best_guidance(logits_u, logits_c, y) -> float:
     for _ in range(200):
         slope, curvature = (d.sum().item() for d in derivatives(l_u, l_c, y, w))
         low, high = (w, high) if slope < 0 else (low, w)
-        step = -slope / curvature if curvature > 0 else math.copysign(math.inf, -slope)
-        if not low < w + step < high:  # to the middle of the bracket; while it is open, ever further out
-            step = (low + high) / 2 - w if high - low < math.inf else math.copysign(1 + abs(w), step)
-        w += step
-        if abs(step) <= 1e-12 * max(1.0, abs(w)):
+        far = 10 * (1 + abs(w))  # Newton alone would leap out of sight where the curvature is almost 0
+        step = max(-far, min(far, -slope / curvature if curvature > 0 else math.copysign(far, -slope)))
+        if slope == 0 or abs(step) <= 1e-12 * max(1.0, abs(w)):
             break
+        w = w + step if low < w + step < high else (low + high) / 2
     return w
 
 
@@ -874,9 +873,9 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
     return {"passes": (model.forward_passes - before) // len(starts), **curves}
 
 
-# Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first two
-# ask if the step was dead, with no label and no training: by KL(pi_c || pi_u) of the whole answer, which is the
-# sum over its cells, and by the largest change of any cell's probability. The third is TRM's learned head.
+# Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first
+# two ask if the step was dead, with no label and no training: by KL(pi_c || pi_u) of the whole answer, which
+# is the sum over its cells, and by the largest change of any cell's probability. The third is TRM's head.
 HALTS = {
     "kl": lambda model, step: divergence(step.logits_u, step.logits_c).sum(1),
     "change": lambda model, step: largest_change(step.logits_u, step.logits_c).amax(1),
@@ -884,13 +883,13 @@ HALTS = {
 }
 HALT_DEFAULT = "kl"
 VALID_SIZE = 1000  # puzzles to calibrate on
-HALT_LOSS = 0.003  # share of the validation puzzles that halting may cost
+HALT_LOSS = 0.003  # share of the validation puzzles that halting may cost, against the best
 
 
 def halting_curve(scores: torch.Tensor, solved: torch.Tensor) -> dict:
     """What thresholds on the scores [N, S] lead to: mean "steps" and share "exact", solved being [N, S].
 
-    "threshold" is the one with the fewest steps that loses no more than HALT_LOSS.
+    "threshold" is the one with the fewest steps that falls short of the best by no more than HALT_LOSS.
     """
     candidates = [-math.inf, *scores.flatten().double().quantile(torch.linspace(0, 1, 201).double()).tolist()]
     curve = {"steps": [], "exact": []}
@@ -900,7 +899,7 @@ def halting_curve(scores: torch.Tensor, solved: torch.Tensor) -> dict:
         first = stop.int().argmax(1, keepdim=True)  # [N, 1]
         curve["steps"].append(1 + first.double().mean().item())
         curve["exact"].append(solved.gather(1, first).double().mean().item())
-    good = [i for i, exact in enumerate(curve["exact"]) if exact >= curve["exact"][0] - HALT_LOSS]
+    good = [i for i, exact in enumerate(curve["exact"]) if exact >= max(curve["exact"]) - HALT_LOSS]
     return {"threshold": candidates[min(good, key=lambda i: curve["steps"][i])], **curve}
 
 
@@ -966,7 +965,7 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     """Which steps work: all that `evaluate` finds on `test`, with what `calibrate` chose on `valid`, and
 
     "verdict": of each step, by the interval of its gain in log pi(y*): improves, dead (it may be 0) or harms;
-    "step_size": too timid or overshoots, where the interval of its margin and w* say so, and just right elsewhere;
+    "step_size": too timid or overshoots, where the interval of its margin and w* say so; else just right;
     "guided_exact", "guided_logp" [S][ws]: under the guidance weights "ws" and, last, under the step's own w*
     (kept within `ws`, and 1 where it is undefined); "cut": what leaving out the dead steps changes.
     """
