@@ -610,8 +610,8 @@ def best_guidance(logits_u, logits_c, y) -> float:
 
 def divergence(logits_u, logits_c) -> torch.Tensor:
     """KL(pi_c || pi_u) [..] in nats: how far the step moved the policy, for good or ill. Needs no label."""
-    A, logits_c = advantage(logits_u, logits_c), checked(logits_u, logits_c)[1]
-    return (logits_c.softmax(-1) * A).sum(-1).clamp(min=0)  # rounding may go below
+    log_u, log_c = (logits.log_softmax(-1) for logits in checked(logits_u, logits_c))
+    return (log_c.exp() * (log_c - log_u)).sum(-1).clamp(min=0)  # rounding may go below
 
 
 def largest_change(logits_u, logits_c) -> torch.Tensor:
@@ -1102,7 +1102,8 @@ def draw_guidance(found: dict, title: str, path: Path) -> None:
             colour = pyplot().colormaps["viridis"](0.95 * k / max(1, S - 1))
             for ax, name in zip(axes[0], ("guided_exact", "guided_logp"), strict=False):
                 *curve, at_best = found[name][k]
-                ax.plot(ws, curve, color=colour, label=f"step {k + 1}")
+                label = f"step {k + 1}" if k % math.ceil(S / 6) == 0 or k == S - 1 else None
+                ax.plot(ws, curve, color=colour, label=label)
                 w = found["w_star"][k]
                 ax.plot(min(max(w, ws[0]), ws[-1]), at_best, "*", color=colour, mec="black", mew=0.5, ms=11)
         for ax in axes[0, :2]:
@@ -1194,7 +1195,7 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
     cols = 4 if len(frames) <= 8 else 6
     rows = math.ceil(len(frames) / cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
-    fig.suptitle(f"A held-out {model.cfg.task} from the 1% with the longest solutions: {found}")
+    fig.suptitle(f"A held-out {model.cfg.task} from the hardest 1%: {found}")
     for ax, frame in zip(axes.flat, frames, strict=False):
         draw_frame(ax, legend, *frame)
     for ax in axes.flat[len(frames) :]:
@@ -1466,8 +1467,9 @@ def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: 
     title = f"Trained on {cfg.size} x {cfg.size}: solves {most:.0%} of {size} x {size}"
     title += f", first at step {of['exact'].index(most) + 1}; trained for {cfg.n_sup}"
     draw_thinking(longer, cfg.n_sup, title, out / "thinking.png")
-    order = (test.x != test.y).sum(1).argsort(stable=True)  # by the length of the solution
-    puzzle = test[order[-max(1, len(test) // 100)]][None]  # the shortest of the longest 1%
+    work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, and length of the solution
+    order = work.argsort(stable=True)
+    puzzle = test[order[-max(1, len(test) // 100)]][None]  # the easiest of the hardest 1%
     return [f"{name}.png" for name in ("improvement", "guidance", "halting", "thinking")] + draw_solution(
         model, puzzle, out
     )

@@ -471,7 +471,7 @@ def test_a_shift_of_the_logits_changes_nothing():
 
 @pytest.mark.parametrize("scale, lean", [(1.0, 0.5), (3.0, 1.5), (8.0, 3.0), (0.05, 0.02), (100.0, 60.0)])
 def test_best_guidance_against_a_grid_search(scale, lean):
-    """For 30 sets of positions each: no point of a grid beats w*, and neighbours of w* on either side do not."""
+    """For 30 sets of positions each: no point of a grid beats w*, nor do its neighbours on either side."""
     for seed in range(30):
         g = generator(seed)
         u, c = (scale * torch.randn(40, 5, dtype=torch.float64, generator=g) for _ in range(2))
@@ -538,7 +538,7 @@ def test_ignored_positions_count_for_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [2, 5, 50_000])
 def test_extreme_logits_stay_finite(dtype, V):
-    """Entries of +-1e4, against float64: rtol 2%, as l_w up to 7e4 is known to 0.008 in float32; atol 1e-2."""
+    """Entries of +-1e4, against float64: rtol 2%, as float32 knows l_w up to 7e4 to 0.008; atol 1e-2."""
     g = generator(V)
     u, c = ((2e4 * torch.rand(6, V, generator=g) - 1e4).to(dtype) for _ in range(2))
     u[0], c[0], u[1], c[1] = 1e4, -1e4, -1e4, 1e4  # constant rows
@@ -625,7 +625,7 @@ def test_reveal_takes_cells_at_random():
 
 @pytest.mark.parametrize("pace", [1, 8])
 def test_edits_obey_the_lyapunov_bound(pace):
-    """A.2: wrong cells fall by `pace` a step at least until none is left, so within V0 / pace steps, rounded up."""
+    """A.2: wrong cells fall by `pace` a step at least until none is left: in V0 / pace steps, rounded up."""
     puzzles, cfg = lrpi.make_mazes(100, 11, "train", seed=4), lrpi.configure(pace=pace)
     wrong = [(puzzles.draft != puzzles.y).sum(1)]
     for s in range(1, 130 // pace):
@@ -1023,7 +1023,7 @@ def test_sums_do_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("rule", ["kl", "change", "head"])
 def test_halting_gives_the_answers_of_the_plain_rollout_at_the_halting_step(rule):
-    """Bit for bit, and whoever has stopped costs nothing: the batch that is left goes through the net alone."""
+    """Bit for bit, and who has stopped costs nothing: only what is left of the batch goes through the net."""
     model, *_ = model_and_state(tiny(act=True, n_sup=9))
     puzzles, sizes = lrpi.make_mazes(80, 5, "test"), []
     plain = list(lrpi.rollout(model, puzzles.x))
@@ -1254,7 +1254,8 @@ def test_eval_does_not_inherit_where_training_wrote(tmp_path, capsys):
 @pytest.mark.parametrize("given", [
     ["--scheme", "trm", "--n-sup", "3"], ["--scheme", "trm-medium"], ["--size", "15"], ["--size", "21"],
     ["--mixer", "attention"], ["--mixer", "mlp"], ["--target", "final", "--no-recall"],
-    ["--target", "reveal", "--step-index", "--noise", "0"], ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
+    ["--target", "reveal", "--step-index", "--noise", "0"],
+    ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
 ])  # fmt: skip
 def test_every_kind_of_model_trains(given, tmp_path, capsys):
     small = ["--steps", "5", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
