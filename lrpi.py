@@ -1041,6 +1041,7 @@ def figure(path: Path, title: str, rows: int, cols: int, size: tuple, xlabel: st
 
 
 def percent(ax) -> None:
+    """An axis of shares, from 0 to 100%."""
     ax.set_ylim(-0.03, 1.03)
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 
@@ -1274,6 +1275,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         raise UserError(f"--eval {path}: there is no such file; {wanted}")
     if not zipfile.is_zipfile(path):  # a zip file ends with its directory, so a truncated one is none
         raise UserError(f"--eval {path}: truncated, or not a checkpoint; {wanted}")
+    trained = None
     try:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
         trained = Config(**content["config"])
@@ -1285,6 +1287,8 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
     except Exception as e:  # what a damaged or foreign file makes torch.load and the rest raise has no end
+        if trained and isinstance(e, UserError):  # about what was given now
+            raise
         why = str(e) if isinstance(e, UserError) else type(e).__name__
         raise UserError(f"--eval {path}: not a checkpoint of this version ({why}); {wanted}") from e
     if not all(v.isfinite().all() for v in model.state_dict().values()):
@@ -1386,26 +1390,16 @@ class Watch:
 
 def print_table(found: dict) -> None:
     """What `diagnose` found, a line for each step."""
-    print(
-        "\nstep  solved   cells  log pi(y*)   gain, 95% interval    margin  KL(c||u)    w*   at w*  verdict"
+    head = "step  solved   cells  log pi(y*)   gain, 95% interval    margin    > 0  KL(c||u)    w*   at w*  verdict"
+    line = (
+        "{:4}  {:6.1%}  {:6.1%}  {:10.5f}  {:8.5f} {:8.5f}  {:8.5f}  {:5.1%}  {:8.5f}  {:5.2f}  {:6.1%}  {}"
     )
-    names = (
-        "exact",
-        "cells",
-        "logp",
-        "gain_interval",
-        "margin",
-        "kl",
-        "w_star",
-        "guided_exact",
-        "verdict",
-        "step_size",
-    )
-    line = "{:4}  {:6.1%}  {:6.1%}  {:10.5f}  {:8.5f} {:8.5f}  {:8.5f}  {:8.5f}  {:5.2f}  {:6.1%}  {}"
-    for s, row in enumerate(zip(*(found[name] for name in names), strict=True), 1):
-        exact, cells, logp, interval, gap, kl, w, guided, verdict, size = row
-        words = verdict if verdict == "dead" else f"{verdict}, {size}"
-        print(line.format(s, exact, cells, logp, *interval, gap, kl, w, guided[-1], words))
+    print("\n" + head)
+    for k, (interval, verdict) in enumerate(zip(found["gain_interval"], found["verdict"], strict=True)):
+        exact, cells, logp = (found[name][k] for name in ("exact", "cells", "logp"))
+        how = (found[name][k] for name in ("margin", "margin_positive", "kl", "w_star"))
+        words = verdict if verdict == "dead" else f"{verdict}, {found['step_size'][k]}"
+        print(line.format(k + 1, exact, cells, logp, *interval, *how, found["guided_exact"][k][-1], words))
     print(f"\n{found['summary']}")
     if cut := found.get("cut"):
         said = "without the dead steps, {changed} answers differ: {won} more are solved, {lost} no longer are"

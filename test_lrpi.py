@@ -1154,7 +1154,7 @@ def test_the_command_writes_everything(trained):
     at = next(i for i, line in enumerate(lines) if line.startswith("step  solved"))
     table = [line.split() for line in lines[at + 1 : at + 7]]
     assert [row[1] for row in table] == [f"{v:.1%}" for v in metrics["exact"]]
-    assert [row[10].strip(",") for row in table] == metrics["verdict"]
+    assert [row[11].strip(",") for row in table] == metrics["verdict"]
     assert lines[at + 8] == metrics["summary"] and metrics["summary"].endswith("passes do the work")
     assert list(metrics["halting"]) == ["none", "kl", "change"] and len(metrics["w_star"]) == 6
     assert metrics["halting"]["none"] == {
@@ -1228,8 +1228,16 @@ def test_eval_can_halt_think_longer_and_change_the_size(trained, tmp_path, capsy
     answers, taken = lrpi.answer(model, test.x, range(1, 10), stop)
     assert halted["passes"] == 3 * taken.double().mean()
     assert halted["exact"] == lrpi.maze_solved(test.x, answers).double().mean()
-    assert lrpi.main([*checkpoint, "--halt", "head"]) == 2
-    assert "--act" in capsys.readouterr().err
+    for args, said in (
+        (["--halt", "head"], "--act"),
+        (["--size", "8"], "odd number"),
+        (["--think", "-2"], "from 0"),
+    ):
+        assert lrpi.main([*checkpoint, *args]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"lrpi: {' '.join(args)}: ") and said in error and error.count("\n") == 1
+    assert lrpi.main([*checkpoint[:3], "--test-size", "1", "--halt", "change", "--out", str(tmp_path)]) == 0
+    assert "of 1 held-out" in capsys.readouterr().out
 
 
 def test_what_is_made_for_one_size_keeps_it(tmp_path, capsys):
