@@ -914,10 +914,10 @@ def calibrate(model: LoopedModel, valid: Puzzles, batch: int = 100) -> dict:
             found |= {"u": step.logits_u, "c": step.logits_c}
             found["solved"] = TASKS[model.cfg.task].solved(some.x, step.logits_c.argmax(-1))
             for name, v in found.items():
-                kept.setdefault(name, [[] for _ in model.cfg.thinks])[k].append(v)
+                kept.setdefault(name, [[] for _ in model.cfg.thinks])[k].append(v.cpu())
     kept = {name: [torch.cat(v) for v in steps] for name, steps in kept.items()}  # [S][N, ..]
     solved = torch.stack(kept["solved"], 1)  # [N, S]
-    w_star = [best_guidance(u, c, valid.y) for u, c in zip(kept["u"], kept["c"], strict=True)]
+    w_star = [best_guidance(u, c, valid.y.cpu()) for u, c in zip(kept["u"], kept["c"], strict=True)]
     return {"w_star": w_star, "halt": {r: halting_curve(torch.stack(kept[r], 1), solved) for r in rules}}
 
 
@@ -934,10 +934,10 @@ def compare_halting(model: LoopedModel, puzzles: Puzzles, halt: dict) -> dict:
         for name, stop in stops.items():
             began = time.perf_counter()
             answers, taken = answer(model, puzzles.x, stop=stop)
-            passes = taken.double().mean().item() * model.cfg.T * (model.cfg.n + 1)  # waits for the GPU
+            passes = taken.cpu().double().mean().item() * model.cfg.T * (model.cfg.n + 1)  # waits for the GPU
             seconds[name].append(time.perf_counter() - began)
             results[name] = {
-                "exact": task.solved(puzzles.x, answers).double().mean().item(),
+                "exact": task.solved(puzzles.x, answers).cpu().double().mean().item(),
                 "passes": passes,
             }
     for name in stops:
