@@ -33,7 +33,8 @@ THE LETTERS
 THE COMMANDS
   python lrpi.py --task maze                    train, evaluate, draw; all of it lands in runs/maze-dis/
   python lrpi.py --scheme trm                   the same with TRM's recursion, targets and halting
-  python lrpi.py --eval runs/maze-dis/model.pt  evaluate a checkpoint again
+  python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint again; --halt: stop early; --think 24:
+                                                take 24 steps; --size 21: on larger mazes
   python lrpi.py --help                         every option, its meaning and its range
 
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
@@ -515,7 +516,7 @@ def resized(model: LoopedModel, size: int) -> LoopedModel:
 
 # ------------------------------------------------------------------------------------------------------------
 # §4  Policy improvement (paper sections 3 and 4): what a step did, from the logits before and after it.
-# Pure functions of two tensors of logits [.., V]; copy them, they need nothing but `checked` and torch.
+# Pure functions of two tensors of logits [.., V]; copy this section, it needs nothing but torch and math.
 
 IGNORE = -100  # the label of a position that does not count, as in F.cross_entropy
 
@@ -530,6 +531,8 @@ def checked(logits_u, logits_c, y=None) -> tuple:
     if shape != logits_c.shape or V < 2:
         raise ValueError(f"logits {[*shape]} and {[*logits_c.shape]}: must be of one shape [.., V], V > 1")
     for name, logits in (("logits_u", logits_u), ("logits_c", logits_c)):
+        if not logits.is_floating_point():
+            raise ValueError(f"{name} {[*shape]} of {logits.dtype}: must be floating-point numbers")
         if not logits.isfinite().all():
             raise ValueError(f"{name} {[*shape]}: {(~logits.isfinite()).sum()} are NaN or infinite")
     wide = torch.promote_types(torch.promote_types(logits_u.dtype, logits_c.dtype), torch.float32)
@@ -546,7 +549,10 @@ def checked(logits_u, logits_c, y=None) -> tuple:
 
 
 def guide(logits_u, logits_c, w: float | torch.Tensor) -> torch.Tensor:
-    """l_w = l_u + w (l_c - l_u) [.., V] (Eq. 5); its policy is pi_w ∝ pi_u^(1-w) pi_c^w (Eq. 7)."""
+    """l_w = l_u + w (l_c - l_u) [.., V] (Eq. 5); its policy is pi_w ∝ pi_u^(1-w) pi_c^w (Eq. 7).
+
+    w is a number, or a tensor that broadcasts with the logits: [.., 1].
+    """
     logits_u, logits_c = checked(logits_u, logits_c)
     return logits_u + w * (logits_c - logits_u)
 
@@ -585,10 +591,12 @@ def best_guidance(logits_u, logits_c, y) -> float:
 
     Newton's method with the two `derivatives`, in float64, within the bracket that the slope's sign leaves.
     inf (-inf): at every position, more (less) of the step is always better. nan: the step is dead, as its
-    residuals differ by no more than the rounding of their logits does, or there are no positions.
+    residuals differ by no more than the rounding of their logits does, or there are no positions. Where L is
+    flat in float64, any of its minima.
     """
-    eps = max(torch.finfo(logits.dtype).eps for logits in (logits_u, logits_c))
+    dtypes = (logits_u.dtype, logits_c.dtype)
     logits_u, logits_c, y, counts = checked(logits_u, logits_c, y)
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     l_u, l_c, y = logits_u[counts].cpu().double(), logits_c[counts].cpu().double(), y[counts].cpu()
     delta = l_c - l_u
     delta = delta - delta.gather(-1, y[:, None])
@@ -596,15 +604,20 @@ def best_guidance(logits_u, logits_c, y) -> float:
     rises, falls = (delta < -rounding).any(), (delta > rounding).any()  # towards w = inf and -inf: pi_w(y)
     if not (rises and falls):
         return math.inf if rises else -math.inf if falls else math.nan
-    w, low, high = 1.0, -math.inf, math.inf
-    for _ in range(200):
+    w, low, high, last = 1.0, -math.inf, math.inf, 0.5
+    for _ in range(300):
         slope, curvature = (d.sum().item() for d in derivatives(l_u, l_c, y, w))
         low, high = (w, high) if slope < 0 else (low, w)
-        far = 10 * (1 + abs(w))  # Newton alone would leap out of sight where the curvature is almost 0
-        step = max(-far, min(far, -slope / curvature if curvature > 0 else math.copysign(far, -slope)))
-        if slope == 0 or abs(step) <= 1e-12 * max(1.0, abs(w)):
+        if high - low == math.inf:  # no bracket yet: twice as far each time, as tails are flat
+            step = math.copysign(2 * last, -slope)
+        else:
+            step = -slope / curvature if curvature > 0 else math.inf
+            if not (low < w + step < high and abs(step) < last / 2):  # Newton must halve its steps at least
+                step = (low + high) / 2 - w
+        last = abs(step)
+        if slope == 0 or last <= 1e-12 * max(1.0, abs(w)):
             break
-        w = w + step if low < w + step < high else (low + high) / 2
+        w += step
     return w
 
 
@@ -684,7 +697,7 @@ def act(model, y, logits, y_star, s):
 
     The halting head reads the first cell of y [B, L, D] and predicts whether the answer is right. One time in
     ten, a puzzle must stay for a random number of steps all the same, so that the head sees what more of
-    them would do. Evaluation takes all N_sup steps, as TRM does.
+    them would do. Evaluation takes all N_sup steps, as TRM does, unless --halt says otherwise.
     """
     q = model.halting(y[:, 0]).squeeze(-1)  # [B], a logit
     right = (logits.argmax(-1) == y_star).all(1)
@@ -837,8 +850,8 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
 
     Beside them: the METRICS split by outcome, "solved" and "unsolved" (None where there are no such puzzles),
     and intervals [S, 2] for the means of gain and margin, from a bootstrap in which every puzzle counts
-    Poisson(1) times; 95% for all S steps together (Bonferroni). Only sums are kept, so that memory does not
-    grow with the number of puzzles.
+    Poisson(1) times; 95% for all S steps together (Bonferroni), infinite for fewer than about five puzzles.
+    Only sums are kept, so that memory does not grow with the number of puzzles.
     `ws` [S][..]: guidance weights to try at each step.
     """
     task, before, total, resampled = TASKS[model.cfg.task], model.forward_passes, {}, 0
@@ -863,11 +876,12 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
         {k: (v[g] / count[g]).tolist() for k, v in total.items()} if count[g] else None for g in range(3)
     ]
     outcomes = [mean and {name: mean[name] for name in METRICS} for mean in means[1:]]
-    tail = 0.025 / len(means[0]["exact"])
-    ends = (resampled[:2] / resampled[2]).nanquantile(
-        torch.tensor([tail, 1 - tail]).double(), dim=-1
-    )  # [2, 2, S]
-    gain_interval, margin_interval = ends.permute(1, 2, 0).tolist()
+    tail, n = 0.025 / len(means[0]["exact"]), len(puzzles)
+    ends, ratios = torch.tensor([tail, 1 - tail]).double(), resampled[:2] / resampled[2]  # [2], [2, S, R]
+    intervals = [[of_step.nanquantile(ends).tolist() for of_step in of] for of in ratios]
+    if float(n) ** (1 - n) >= tail:  # so often a resample holds one puzzle only: nothing can be said
+        intervals = [[[-math.inf, math.inf] for _ in of] for of in ratios]
+    gain_interval, margin_interval = intervals
     curves = {**means[0], "gain_interval": gain_interval, "margin_interval": margin_interval}
     curves |= {"solved": outcomes[0], "unsolved": outcomes[1]}
     return {"passes": (model.forward_passes - before) // len(starts), **curves}
@@ -903,6 +917,7 @@ def halting_curve(scores: torch.Tensor, solved: torch.Tensor) -> dict:
     return {"threshold": candidates[min(good, key=lambda i: curve["steps"][i])], **curve}
 
 
+@torch.no_grad()
 def calibrate(model: LoopedModel, valid: Puzzles, batch: int = 100) -> dict:
     """What is chosen before the test: "w_star" [S], and in "halt" a `halting_curve` for each of the HALTS."""
     rules = {name: score for name, score in HALTS.items() if name != "head" or model.cfg.act}
@@ -967,7 +982,8 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     "verdict": of each step, by the interval of its gain in log pi(y*): improves, dead (it may be 0) or harms;
     "step_size": too timid or overshoots, where the interval of its margin and w* say so; else just right;
     "guided_exact", "guided_logp" [S][ws]: under the guidance weights "ws" and, last, under the step's own w*
-    (kept within `ws`, and 1 where it is undefined); "cut": what leaving out the dead steps changes.
+    (kept within `ws`, and 1 where it is undefined); "cut": what taking the other steps alone changes. (Without
+    a step index, all steps are the same map: then this is a rollout of as many steps as are not dead.)
     """
     chosen = calibrate(model, valid)
     own = [1.0 if math.isnan(w) else min(max(w, WS[0]), WS[-1]) for w in chosen["w_star"]]
@@ -1379,7 +1395,9 @@ class Watch:
         share, tenth, before = step / self.steps, 10 * step // self.steps, self.tenth
         if tenth > before:
             self.tenth = tenth
-            self.exact = f"  held-out solved {evaluate(model, self.held_out)['exact'][-1]:.1%}"
+            x, steps = self.held_out.x, range(1, model.cfg.n_sup + 1)
+            solved = TASKS[model.cfg.task].solved(x, answer(model, x, steps)[0])
+            self.exact = f"  held-out solved {solved.float().mean():.1%}"
         if tenth > before or self.live:
             took = time.perf_counter() - self.began
             line = f"{share:4.0%}  step {step}  loss {loss:.4f}{self.exact}"
@@ -1402,7 +1420,7 @@ def print_table(found: dict) -> None:
         print(line.format(k + 1, exact, cells, logp, *interval, *how, found["guided_exact"][k][-1], words))
     print(f"\n{found['summary']}")
     if cut := found.get("cut"):
-        said = "without the dead steps, {changed} answers differ: {won} more are solved, {lost} no longer are"
+        said = "with the others alone, {changed} answers differ: {won} more are solved, {lost} no longer are"
         print(said.format(**cut))
     print("\nstop by   solved  passes  puzzles/s   (thresholds from validation puzzles)")
     for rule, of in found["halting"].items():

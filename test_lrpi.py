@@ -524,6 +524,28 @@ def test_best_guidance_far_from_1(scale):
             assert abs(lrpi.best_guidance(u, c, y) - expected) < 1e-6 * max(1.0, abs(expected))
 
 
+def test_best_guidance_in_exponential_tails():
+    """Slopes of e^-w and e^(w - far): the minimum lies in the middle, 249 and 499 steps of Newton away."""
+    u, c = torch.tensor([[20.0, 0.0, -500.0]]), torch.tensor([[20.0, -1.0, -499.0]])
+    assert abs(lrpi.best_guidance(u.double(), c.double(), torch.tensor([0])) - 250) < 1e-6
+    u, c = torch.tensor([[0.0, 0.0], [1000.0, 0.0]]), torch.tensor([[1.0, 0.0], [999.0, 0.0]])
+    assert abs(lrpi.best_guidance(u.double(), c.double(), torch.tensor([0, 0])) - 500) < 1e-6
+
+
+def test_intervals_of_very_few_puzzles_say_nothing():
+    model = lrpi.LoopedModel(tiny(n_sup=3))
+    for n, known in ((1, False), (2, False), (3, False), (40, True)):
+        found = lrpi.evaluate(model, lrpi.make_mazes(n, 5, "test"))
+        assert all(math.isfinite(end) is known for ends in found["gain_interval"] for end in ends)
+        assert known or lrpi.verdicts(found["gain_interval"], -1, 0, 1) == [0] * 3
+
+
+def test_a_very_long_rollout_can_be_evaluated():
+    """More steps times resamples than torch.quantile takes at once."""
+    model = lrpi.LoopedModel(tiny(width=4, ffn=4, heads=1, n=1))
+    assert len(lrpi.evaluate(model, lrpi.make_mazes(2, 5), range(1, 2200))["exact"]) == 2199
+
+
 def test_ignored_positions_count_for_nothing():
     u, c, y = two_logits()
     some = y.clone()
@@ -563,6 +585,7 @@ def test_extreme_logits_stay_finite(dtype, V):
     (torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0), ["[]"]),
     (torch.zeros(3, 4), torch.full((3, 4), math.nan), torch.zeros(3), ["logits_c", "[3, 4]", "12 are NaN"]),
     (torch.full((3, 4), math.inf), torch.zeros(3, 4), torch.zeros(3), ["logits_u", "12 are NaN or infinite"]),
+    (torch.zeros(3, 4).long(), torch.zeros(3, 4), torch.zeros(3).long(), ["logits_u", "int64"]),
     (torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), ["[2]", "[3]"]),
     (torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3), ["float32", "whole"]),
     (torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 4, 1]), ["label 4", "0 to 3", "-100"]),
