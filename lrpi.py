@@ -982,8 +982,8 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     "verdict": of each step, by the interval of its gain in log pi(y*): improves, dead (it may be 0) or harms;
     "step_size": too timid or overshoots, where the interval of its margin and w* say so; else just right;
     "guided_exact", "guided_logp" [S][ws]: under the guidance weights "ws" and, last, under the step's own w*
-    (kept within `ws`, and 1 where it is undefined); "cut": what taking the other steps alone changes. (Without
-    a step index, all steps are the same map: then this is a rollout of as many steps as are not dead.)
+    (kept within `ws`, and 1 where it is undefined); "cut": what taking the other steps alone changes.
+    (Without a step index, all steps are the same map: then it is a rollout of as many as are not dead.)
     """
     chosen = calibrate(model, valid)
     own = [1.0 if math.isnan(w) else min(max(w, WS[0]), WS[-1]) for w in chosen["w_star"]]
@@ -1408,11 +1408,11 @@ class Watch:
 
 def print_table(found: dict) -> None:
     """What `diagnose` found, a line for each step."""
-    head = "step  solved   cells  log pi(y*)   gain, 95% interval    margin    > 0  KL(c||u)    w*   at w*  verdict"
+    head = "step  solved   cells  log pi(y*)   gain, 95% interval    margin    > 0  KL(c||u)    w*   at w*"
     line = (
         "{:4}  {:6.1%}  {:6.1%}  {:10.5f}  {:8.5f} {:8.5f}  {:8.5f}  {:5.1%}  {:8.5f}  {:5.2f}  {:6.1%}  {}"
     )
-    print("\n" + head)
+    print(f"\n{head}  verdict")
     for k, (interval, verdict) in enumerate(zip(found["gain_interval"], found["verdict"], strict=True)):
         exact, cells, logp = (found[name][k] for name in ("exact", "cells", "logp"))
         how = (found[name][k] for name in ("margin", "margin_positive", "kl", "w_star"))
