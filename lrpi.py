@@ -570,7 +570,8 @@ def derivatives(logits_u, logits_c, y, w: float = 1.0) -> tuple[torch.Tensor, to
     shift of the logits, so delta may be counted from delta(y), which keeps what is subtracted small.
     """
     logits_u, logits_c, y, counts = checked(logits_u, logits_c, y)
-    delta, pi_w = logits_c - logits_u, guide(logits_u, logits_c, w).softmax(-1)
+    delta = logits_c - logits_u
+    pi_w = (logits_u + w * delta).softmax(-1)
     delta = delta - delta.gather(-1, y[..., None])
     slope = (pi_w * delta).sum(-1)
     return slope * counts, (pi_w * (delta - slope[..., None]).square()).sum(-1) * counts
@@ -960,6 +961,9 @@ def compare_halting(model: LoopedModel, puzzles: Puzzles, halt: dict) -> dict:
     return results
 
 
+SIZES = {-1: "overshoots", 0: "just right", 1: "too timid"}  # by the sign of w* - 1
+
+
 def verdicts(intervals: list, below, within, above) -> list:
     """For each interval: is it all `below` 0, all `above` 0, or is 0 `within`?"""
     return [above if low > 0 else below if high < 0 else within for low, high in intervals]
@@ -992,9 +996,8 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     by_margin = verdicts(
         found["margin_interval"], -1, 0, 1
     )  # of w* - 1, on the test puzzles; both must agree
-    agree = [sign * (w - 1) > 0 for sign, w in zip(by_margin, chosen["w_star"], strict=True)]
-    sizes = [sign if same else 0 for sign, same in zip(by_margin, agree, strict=True)]
-    found["step_size"] = [("just right", "too timid", "overshoots")[sign] for sign in sizes]
+    pairs = zip(by_margin, chosen["w_star"], strict=True)
+    found["step_size"] = [SIZES[sign if sign * (w - 1) > 0 else 0] for sign, w in pairs]
     alive = [s for s, verdict in zip(model.cfg.thinks, found["verdict"], strict=True) if verdict != "dead"]
     found["summary"], found["halting"] = (
         summary(found["verdict"]),
@@ -1165,12 +1168,13 @@ def draw_halting(found: dict, title: str, path: Path) -> None:
 
 def draw_thinking(found: dict, n_sup: int, title: str, path: Path) -> None:
     """Puzzles solved and the norm of the residual against steps taken, for mazes of each size."""
+    names = ("exact", "residual")
     with figure(path, title, 1, 2, (10, 4)) as axes:
         for k, (size, of) in enumerate(found.items()):
             colour, steps = pyplot().colormaps["viridis"](k / 3.5), range(1, len(of["exact"]) + 1)
-            for ax, name in zip(axes[0], ("exact", "residual"), strict=True):
+            for ax, name in zip(axes[0], names, strict=True):
                 ax.plot(steps, of[name], color=colour, label=f"{size} x {size} ({of['puzzles']} puzzles)")
-        for ax, name in zip(axes[0], ("exact", "residual"), strict=True):
+        for ax, name in zip(axes[0], names, strict=True):
             ax.axvline(n_sup, color="0.5", lw=0.8, ls="--", label="steps in training")
             ax.set_title(LABELS[name], fontsize=10)
         axes[0, 1].set_yscale("log")
@@ -1241,14 +1245,8 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 # §9  Files: written beside their place and renamed when complete; checked when read
 
-RUN_OPTIONS = (
-    "device",
-    "out",
-    "figures",
-    "test_size",
-    "think",
-    "halt",
-)  # may differ between training and a later evaluation
+# may differ between training and a later evaluation
+RUN_OPTIONS = ("device", "out", "figures", "test_size", "think", "halt")
 FACTS = {"steps_done": int, "examples_seen": int, "train_seconds": float, "stopped": str}  # of the training
 
 
@@ -1298,7 +1296,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         # where and what to write comes from the command line or the defaults, never from the file
         free = RUN_OPTIONS if trained.mixer == "mlp" else (*RUN_OPTIONS, "size")
-        here = {name: getattr(Config, name) for name in ("device", "out", "figures", "think", "halt")}
+        here = {name: getattr(Config, name) for name in RUN_OPTIONS if name != "test_size"}
         here |= {name: value for name, value in given.items() if name in free}
         model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
@@ -1467,24 +1465,22 @@ def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: 
     title = f"Guiding step {k + 1} by its own w* takes it from {exact[k]:.1%} to {best[k]:.1%} solved"
     draw_guidance(found, f"{title}, the last from {exact[-1]:.1%} to {best[-1]:.1%}", out / "guidance.png")
     rule = min(found["halt"], key=lambda rule: found["halting"][rule]["passes"])
-    plain, halted = found["halting"]["none"], found["halting"][rule]
+    plain, halted = (found["halting"][name] for name in ("none", rule))
     title = (
         f"Stopping by {RULES[rule][1]}: {halted['exact']:.1%} solved with {halted['passes']:.1f} passes,\n"
     )
-    draw_halting(
-        found, f"{title}without: {plain['exact']:.1%} with {plain['passes']:.0f}", out / "halting.png"
-    )
+    title += f"without: {plain['exact']:.1%} with {plain['passes']:.0f}"
+    draw_halting(found, title, out / "halting.png")
     size, of = list(longer.items())[-1]
     most = max(of["exact"])
-    title = f"Trained on {cfg.size} x {cfg.size}: solves {most:.0%} of {size} x {size}"
-    title += f", first at step {of['exact'].index(most) + 1}; trained for {cfg.n_sup}"
+    title = f"{most:.0%} of {size} x {size} mazes solved, first at step {of['exact'].index(most) + 1}"
+    title += f"; {cfg.n_sup} steps in training"
     draw_thinking(longer, cfg.n_sup, title, out / "thinking.png")
     work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, and length of the solution
     order = work.argsort(stable=True)
     puzzle = test[order[-max(1, len(test) // 100)]][None]  # the easiest of the hardest 1%
-    return [f"{name}.png" for name in ("improvement", "guidance", "halting", "thinking")] + draw_solution(
-        model, puzzle, out
-    )
+    names = ["improvement.png", "guidance.png", "halting.png", "thinking.png"]
+    return [*names, *draw_solution(model, puzzle, out)]
 
 
 def readable(value):
@@ -1508,27 +1504,19 @@ def run(given: dict, started: float, interrupts: list) -> int:
     print_table(found)
     longer = think_longer(model, min(30_000, test.x.numel()))
     print_thinking(longer)
-    got = found["halting"]["none" if cfg.halt == "off" else cfg.halt]
-    passes = f"{got['passes']:.1f}".removesuffix(".0") + (
-        f" of {found['passes']}" if cfg.halt != "off" else ""
-    )
+    halted = cfg.halt != "off"
+    got = found["halting"][cfg.halt if halted else "none"]
+    passes = f"{got['passes']:.1f}".removesuffix(".0") + f" of {found['passes']}" * halted
+    how = f"{passes} forward passes each" + f" on average (--halt {cfg.halt})" * halted
     print(
-        f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {passes} forward passes each",
-        end="",
+        f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters"
     )
-    print((f" on average (--halt {cfg.halt})" if cfg.halt != "off" else "") + f", by {params:,} parameters")
-    written = (
-        ["model.pt"] * fresh
-        + ["metrics.json"]
-        + (draw_all(model, test, found, longer, out) if cfg.figures else [])
-    )
+    drawn = draw_all(model, test, found, longer, out) if cfg.figures else []
+    written = ["model.pt"] * fresh + ["metrics.json", *drawn]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
     metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **found}
-    metrics |= {
-        "thinking": longer,
-        "total_seconds": round(time.perf_counter() - started, 2),
-        "config": asdict(cfg),
-    }
+    metrics |= {"thinking": longer, "config": asdict(cfg)}
+    metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     with replacing(out / "metrics.json") as beside:
         beside.write_text(json.dumps(readable(metrics), indent=1))
     print(f"{metrics['total_seconds']:.0f} s in all; wrote {', '.join(written)}")
