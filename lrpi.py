@@ -54,6 +54,8 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
 
 import argparse
 import copy
+import csv
+import functools
 import io
 import itertools
 import json
@@ -62,6 +64,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from collections.abc import Callable
@@ -70,6 +73,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -102,7 +106,8 @@ class Config:
 
     task: str = option("maze", "what to solve", choices=lambda: TASKS)
     scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
-    size: int = option(11, "side of the maze in cells, a room on every second one", 5, 61, odd=True)
+    size: int = option(11, "side of the grid in cells; of a maze, every second one is a room", 4, 61)
+    blanks: int = option(40, "sudoku: empty cells at most; two thirds of all at most", 1, 54)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
@@ -120,7 +125,15 @@ class Config:
     n_sup: int = option(6, "steps in a rollout, each with a target", 1, 1000)
     target: str = option("edits", "what the target of each step is", choices=lambda: TARGETS)
     pace: int = option(8, "target edits: rounds of the solver in a step", 1, 10_000)
-    reveal_power: float = option(0.3, "target reveal: step s shows the share (s / n-sup)^power", 0.01, 10.0)
+    power: float = option(
+        0.3, "targets reveal, mask, replace: step s has the share (s / n-sup)^power of y*", 0.01, 10.0
+    )
+    trajectories: str = option("", "target file: the .npz with puzzles and the target of each step")
+    linear: bool = option(False, "weigh step s in the loss by s, and not all the same")
+    hinge: float = option(0.0, "weight in the loss of a negative advantage margin", 0.0, 1000.0)
+    awr: float = option(
+        0.0, "weigh cells in the loss by exp(A / this), 20 at most; 0: all the same", 0.0, 1e6
+    )
     act: bool = option(False, "learn when to stop (ACT): solved puzzles leave the training batch")
 
     mixer: str = option("conv", "how cells exchange information", choices=lambda: MIXERS)
@@ -132,11 +145,14 @@ class Config:
     recall: bool = option(True, "let the y update see x too")
     noise: float = option(0.2, "std of what is added to y and z before each step in training", 0.0, 10.0)
     step_index: bool = option(False, "tell the model which step it is at")
+    feedback: bool = option(False, "from step 2 on, show the model its last answer in place of the puzzle")
+    untied: bool = option(False, "weights of its own for every forward pass of a step")
 
     train_size: int = option(20000, "puzzles to train on, at most: no more are made than get seen", 1, 10**8)
     pick: int = option(2, "puzzles made for each one to train on: the one with the longest solution", 1, 100)
     test_size: int = option(1000, "held-out puzzles for the final evaluation", 1, 10**7)
-    steps: int = option(6000, "training steps: each a latent step and a weight update", 1, 10**9)
+    examples: int = option(12000, "puzzles to train on, counting repetitions", 1, 10**10)
+    budget_seconds: float = option(0.0, "train for so long, not for so many examples; 0: no", 0.0, 1e9)
     batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
     lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
     muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
@@ -153,6 +169,14 @@ class Config:
             good = good and (m["high"] is None or value <= m["high"]) and not (m["odd"] and value % 2 == 0)
             if not good:
                 raise UserError(f"{flag(f.name)} {value}: must be {allowed(f)}")
+        if self.size not in TASKS[self.task].sizes:
+            sizes = [*TASKS[self.task].sizes]
+            few = sizes if len(sizes) < 8 else [*sizes[:3], "..", sizes[-1]]
+            raise UserError(f"--size {self.size}: for {self.task} must be one of {', '.join(map(str, few))}")
+        if self.task == "sudoku" and self.blanks > (most := 2 * self.size**2 // 3):
+            raise UserError(f"--blanks {self.blanks}: for --size {self.size} must be from 1 to {most}")
+        if (self.target == "file") != bool(self.trajectories):
+            raise UserError("--trajectories FILE and --target file: must be given together")
         if self.halt == "head" and not self.act:
             raise UserError(
                 "--halt head: must go with --act, which trains the halting head; or be another rule"
@@ -182,13 +206,17 @@ def flag(name: str) -> str:
 
 
 def configure(**given) -> Config:
-    """The configuration of the scheme `given["scheme"]` (default `dis`), with all `given` fields on top."""
-    return Config(**{**SCHEMES.get(given.get("scheme", Config.scheme), {}), **given})
+    """The configuration for a task, in a scheme (`maze`, `dis`), with all `given` fields on top."""
+    task, scheme = (given.get(name, getattr(Config, name)) for name in ("task", "scheme"))
+    defaults = TASKS[task].defaults if task in TASKS else {}
+    return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
 
-TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999, "steps": 8000}
-SCHEMES = {  # what each changes of Config's defaults                  forward passes: n_sup T (n + 1)
+TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999}
+SCHEMES = {  # what each changes of the task's defaults                forward passes: n_sup T (n + 1)
     "dis": {},  #                                                                       6 * 1 * 3 = 18
+    "final": {"target": "final"},  #                                                    6 * 1 * 3 = 18
+    "one-pass": {"target": "final", "n": 17, "n_sup": 1, "untied": True},  #          1 * 1 * 18 = 18
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
     "trm-medium": {**TRM, "T": 1, "n": 2, "n_sup": 16},  #                             16 * 1 * 3 = 48
 }
@@ -197,7 +225,7 @@ SCHEMES = {  # what each changes of Config's defaults                  forward p
 # §2  The maze task: generate, solve and check, whole batches at once
 
 WALL, OPEN, START, GOAL, PATH = range(5)  # x is made of the first four tokens, y* of all five
-SPLITS = {"test": (0,), "valid": (1,), "train": (2, 3)}  # fingerprint of the walls, modulo 4
+SPLITS = {"test": (0,), "valid": (1,), "train": (2, 3)}  # fingerprint of a puzzle, modulo 4
 
 
 @dataclass
@@ -211,6 +239,11 @@ class Puzzles:
     y: torch.Tensor  # [N, L] uint8, the solution y*
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
     order: torch.Tensor  # [N, L] int16, the round in which a cell got its final value; 0: it never changed
+    plan: torch.Tensor | None = None  # [N, S, L] uint8, answers on somebody else's way to y
+
+    def __post_init__(self):
+        if self.plan is None:
+            self.plan = self.x.new_empty(len(self.x), 0, self.x.shape[1])
 
     def stage(self, r: torch.Tensor) -> torch.Tensor:
         """The solver's answers after r [N] rounds: `draft` for r = 0, y from r = order.max() on. [N, L]"""
@@ -303,26 +336,37 @@ def solve_mazes(x: torch.Tensor) -> Puzzles:
     return Puzzles(x, y.flatten(1), draft.flatten(1), order.flatten(1))
 
 
-def fingerprint(x: torch.Tensor) -> torch.Tensor:
-    """A number [N] int64 for the walls of square mazes x [N, L], the same for all 8 views of a maze."""
-    size = math.isqrt(x.shape[1])
+def fingerprint(cells: torch.Tensor) -> torch.Tensor:
+    """A number [N] int64 for square grids of numbers [N, L], the same for all 8 views of a grid."""
+    size = math.isqrt(cells.shape[1])
     table = torch.randint(-(2**63), 2**63 - 1, (size, size), generator=torch.Generator().manual_seed(0))
     views = [t.rot90(k).flatten() for t in (table, table.T) for k in range(4)]
-    return ((x == WALL).long() @ torch.stack(views, 1)).amin(1)  # each wall has a random weight in every view
+    return (cells.long() @ torch.stack(views, 1)).amin(1)  # each cell has a random weight in every view
+
+
+def draw_split(count: int, size: int, split: str, draw, key) -> torch.Tensor:
+    """`count` grids [count, L] out of those that draw(n) [n, L] makes, all of one of the SPLITS.
+
+    The fingerprint of key(grids) [n, L] alone decides to which split a grid belongs, whatever the seed.
+    """
+    found, chunk = [], 32
+    while sum(map(len, found)) < count:
+        chunk = min(2 * chunk, 2**21 // size**2)
+        cells = draw(chunk)
+        found.append(cells[torch.isin(fingerprint(key(cells)) % 4, torch.tensor(SPLITS[split]))])
+    return torch.cat(found)[:count]
 
 
 def make_mazes(count: int, size: int = 11, split: str = "train", seed: int = 0) -> Puzzles:
     """`count` mazes of side `size`, solved, out of that part of all mazes which belongs to `split`.
 
-    The fingerprint of its walls alone decides a maze's split, and symmetric mazes share it. So no layout of
-    one split occurs in another, turned or mirrored, whatever the seeds and counts. Draws are independent.
+    Its walls alone decide a maze's split, and symmetric mazes share it. So no layout of one split occurs in
+    another, turned or mirrored, whatever the seeds and counts. Draws are independent.
     """
-    generator, found, chunk = torch.Generator().manual_seed(seed), [], 32
-    while sum(map(len, found)) < count:
-        chunk = min(2 * chunk, 2**21 // size**2)
-        x = carve(chunk, size, generator)
-        found.append(x[torch.isin(fingerprint(x) % 4, torch.tensor(SPLITS[split]))])
-    return solve_mazes(torch.cat(found)[:count])
+    generator = torch.Generator().manual_seed(seed)
+    return solve_mazes(
+        draw_split(count, size, split, lambda n: carve(n, size, generator), lambda x: x == WALL)
+    )
 
 
 def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
@@ -349,13 +393,31 @@ def hardest(puzzles: Puzzles, pick: int) -> Puzzles:
 class Task(NamedTuple):
     """What training, evaluation and drawing need to know of a kind of puzzle."""
 
-    make: Callable  # (count, size, split, seed) -> Puzzles
+    make: Callable  # (cfg, count, split, seed) -> Puzzles
     solved: Callable  # (x [B, L], answer [B, L]) -> [B] bool
-    legend: dict  # token names and their colours, in the order of the V tokens
+    legend: Callable  # size -> {name of a token: its colour}, in the order of the tokens
+    sizes: range | tuple  # that there are
+    defaults: dict  # what it changes of Config's
+    glyphs: str = ""  # what is written into cells, by token
+    boxes: Callable = lambda size: (size, size)  # size -> rows and columns between heavy lines
 
 
 MAZE_LEGEND = {"wall": "#30343f", "open": "#f4f1ea", "start": "#009e73", "goal": "#d55e00", "path": "#56b4e9"}
-TASKS = {"maze": Task(make_mazes, maze_solved, MAZE_LEGEND)}
+TASKS = {
+    "maze": Task(
+        lambda cfg, count, split, seed=0: make_mazes(count, cfg.size, split, seed),
+        maze_solved,
+        lambda size: MAZE_LEGEND,
+        range(5, 62, 2),
+        {},
+    )
+}
+
+
+def legend(cfg: Config) -> dict:
+    """The tokens that a model reads and writes, and their colours: with target `mask`, one more."""
+    return TASKS[cfg.task].legend(cfg.size) | ({"masked": "#999999"} if cfg.target == "mask" else {})
+
 
 # ------------------------------------------------------------------------------------------------------------
 # §3  The looped model (paper section 2; TRM, arXiv 2510.04871): one small net, applied over and over
@@ -466,8 +528,10 @@ class LoopedModel(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, self.forward_passes, D, V = cfg, 0, cfg.width, len(TASKS[cfg.task].legend)
-        self.blocks = nn.Sequential(*(Block(cfg, (cfg.size, cfg.size)) for _ in range(cfg.layers)))
+        self.cfg, self.forward_passes, D, V = cfg, 0, cfg.width, len(legend(cfg))
+        net = nn.Sequential(*(Block(cfg, (cfg.size, cfg.size)) for _ in range(cfg.layers)))
+        copies = cfg.T * (cfg.n + 1) - 1 if cfg.untied else 0  # equal at first, so schemes start as one
+        self.nets = nn.ModuleList([net, *(copy.deepcopy(net) for _ in range(copies))])
         self.tokens = nn.Embedding(V, D)
         lecun_(self.tokens.weight, D)
         self.readout = linear(D, V)  # f_O
@@ -476,7 +540,7 @@ class LoopedModel(nn.Module):
         if cfg.recall:
             self.role = nn.Parameter(torch.zeros(D))  # tells net which update this is, now that both see x
         if cfg.act:
-            self.halting = nn.Linear(D, 1)
+            self.halting = nn.utils.skip_init(nn.Linear, D, 1)  # draws nothing, so schemes start as one
             nn.init.zeros_(self.halting.weight)
             nn.init.constant_(self.halting.bias, -5.0)  # at first it says: not solved
         self.register_buffer("y0", lecun_(torch.empty(D), 1))  # never trained, and the same for every cell
@@ -487,8 +551,9 @@ class LoopedModel(nn.Module):
         return self.y0.expand(B, self.cfg.size**2, -1), self.z0.expand(B, self.cfg.size**2, -1)
 
     def net(self, h: torch.Tensor) -> torch.Tensor:
+        net = self.nets[self.forward_passes % len(self.nets)]
         self.forward_passes += 1
-        return self.blocks(h)
+        return net(h)
 
     def cycle(self, x, y, z):
         for _ in range(self.cfg.n):
@@ -498,6 +563,8 @@ class LoopedModel(nn.Module):
 
     def forward(self, x, y, z, s) -> tuple[torch.Tensor, torch.Tensor]:
         """Step s [B], counted from 1, on the puzzles x [B, L] (tokens): the new y and z [B, L, D]."""
+        if self.cfg.feedback:
+            x = torch.where(s[:, None] == 1, x, self.readout(y).argmax(-1))
         x = math.sqrt(self.cfg.width) * self.tokens(x.int())  # [B, L, D]
         if self.cfg.step_index:
             x = x + self.step_table[s.clamp(max=self.cfg.n_sup) - 1][:, None]  # [B, 1, D]
@@ -652,45 +719,94 @@ def final(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
     return puzzles.y
 
 
+def share(s: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """How much of y* the target of step s [B] has: [B, 1], 1 from N_sup on."""
+    return ((s / cfg.n_sup).clamp(max=1) ** cfg.power)[:, None]
+
+
 def reveal(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
     """Shows the puzzle and, in a share of the cells in which they differ, the solution instead.
 
     Cells come in the order of their `noise` [B, L] in [0, 1). With one noise for a whole rollout, targets are
-    nested: their Hamming distance to y* never grows from step to step, and share 1 is y* exactly.
+    nested: their Hamming distance to y* never grows from step to step, and share 1 is y* exactly. This holds
+    for `mask` and `replace`, too.
     """
-    differs, share = puzzles.x != puzzles.y, (s / cfg.n_sup).clamp(max=1) ** cfg.reveal_power
+    differs = puzzles.x != puzzles.y
     rank = torch.where(differs, noise, 2.0).argsort(1).argsort(1)  # [B, L], ranks: differing cells come first
-    shown = (share * differs.sum(1)).ceil()  # [B]
-    return torch.where(rank < shown[:, None], puzzles.y, puzzles.x)
+    shown = (share(s, cfg) * differs.sum(1, keepdim=True)).ceil()  # [B, 1]
+    return torch.where(rank < shown, puzzles.y, puzzles.x)
+
+
+def mask(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
+    """Masked diffusion: a share of y*, and in all other cells a token of its own, the last of the V."""
+    return torch.where(noise < share(s, cfg), puzzles.y, len(legend(cfg)) - 1)
+
+
+def replace_at_random(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
+    """Uniform diffusion: a share of y*, and in all other cells a random token, drawn once for a rollout."""
+    drawn = (noise * 4096 % 1 * len(legend(cfg))).to(puzzles.y.dtype)  # from the last 12 of 24 random bits
+    return torch.where(noise < share(s, cfg), puzzles.y, drawn)
 
 
 def edits(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
     """What a solver has after pace * s of its rounds. For mazes: with the dead ends of that depth filled.
 
     Every step has the same thing to do, and the puzzle and the answer so far say what. So one map does for
-    all steps; y* is its fixed point, and whoever takes more steps solves larger puzzles. At N_sup the target
-    is y* where the solver needs no more than pace * N_sup rounds.
+    all steps; y* is its fixed point, and whoever takes more steps solves larger puzzles. The last target is
+    y* even where the solver needs more than pace * N_sup rounds.
     """
-    return puzzles.stage(cfg.pace * s)
+    return puzzles.stage(torch.where(s < cfg.n_sup, cfg.pace * s, puzzles.order.max()))
 
 
-TARGETS = {"final": final, "reveal": reveal, "edits": edits}  # (puzzles [B], steps s [B], cfg, noise) -> y†
+def file(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
+    """A way to y* that came with the puzzles (`load_trajectories`), its S answers spread over the N_sup steps."""
+    S = puzzles.plan.shape[1]
+    return puzzles.plan[torch.arange(len(s)), ((s * S - 1) // cfg.n_sup).clamp(max=S - 1)]
+
+
+TARGETS = {  # (puzzles [B], steps s [B], cfg, noise [B, L]) -> y† [B, L]
+    "final": final,
+    "reveal": reveal,
+    "mask": mask,
+    "replace": replace_at_random,
+    "edits": edits,
+    "file": file,
+}
 
 # ------------------------------------------------------------------------------------------------------------
 # §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
 
 
 def make_optimizers(model: LoopedModel, cfg: Config) -> list:
-    """[(optimizer, schedule), ..]: Muon for the matrices inside the blocks, AdamW for all other weights."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    """Muon for the matrices inside the blocks, AdamW for all other weights."""
+    matrices = [p for p in model.nets.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    for group in muon.param_groups + adam.param_groups:
+        group["peak"] = group["lr"]
+    return [muon, adam]
 
-    def factor(step):
-        return min(1.0, (step + 1) / (cfg.warmup + 1)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
 
-    return [(o, torch.optim.lr_scheduler.LambdaLR(o, factor)) for o in (muon, adam)]
+def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
+    """L_DIS of one step: cross-entropy of the logits after it [B, L, V] with its targets [B, L].
+
+    Two additions use the logits before it, which carry no gradient. --awr weighs each cell by exp(A(y†) / awr),
+    as advantage-weighted regression does. --hinge adds what the advantage margin of y† lacks to 0 (Prop. 4.1).
+    """
+    y_dagger = y_dagger.long()
+    loss = F.cross_entropy(logits_c.flatten(0, 1), y_dagger.flatten(), reduction="none")  # [B L]
+    loss = loss.view_as(y_dagger)  # [B, L]
+    if cfg.awr:
+        A = advantage(logits_u, logits_c.detach()).gather(-1, y_dagger[..., None])[..., 0]
+        loss = loss * (A / cfg.awr).exp().clamp(max=20)
+    if cfg.hinge:
+        delta = logits_c - logits_u
+        lack = (logits_c.softmax(-1) * delta).sum(-1) - delta.gather(-1, y_dagger[..., None])[..., 0]
+        loss = loss + cfg.hinge * F.relu(lack)
+    if cfg.linear:
+        loss = loss * (2 * s / (cfg.n_sup + 1))[:, None]  # 1 on average
+    return loss.mean()
 
 
 def act(model, y, logits, y_star, s):
@@ -727,49 +843,71 @@ class Episodes:
         self.seen, self.s = self.seen + done.sum(), torch.where(done, 0, self.s) + 1
         return self.data[self.row]
 
+    def finished(self) -> float:
+        """How many puzzles have been trained on, those that are under way in part."""
+        under_way = torch.where(self.done, 1.0, self.s.double() / self.model.cfg.n_sup).sum()
+        return (self.seen - len(self.s) + under_way).item()
 
-def train(cfg: Config, data: Puzzles, watch=lambda step, loss, model: "") -> tuple[LoopedModel, dict]:
+
+class Progress(NamedTuple):
+    """How far a training is."""
+
+    share: float = 0.0  # of the examples or of the seconds
+    steps_done: int = 0
+    examples_seen: int = 0
+    train_passes: int = 0  # applications of the net to a batch
+    train_seconds: float = 0.0  # without what `watch` does
+
+
+def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple[LoopedModel, dict]:
     """Train a fresh model on `data`, on the device that holds it; returns it (averaged if cfg.ema) and facts.
 
     Without halting, all rows of the batch keep step, and this is the paper's pair of loops:
         for x, y* in batches:  y, z <- y0, z0;  for s = 1 .. N_sup:  y, z <- step s;  loss; update; detach
     With halting, rows are done at different times, so each counts its own s and is replaced alone.
-    `watch` is called before the first step (0, None, model) and after every one; any text that it returns
-    ends training and becomes facts["stopped"].
+    `watch` is called with a `Progress` before the first step (loss None) and after every one; any text that
+    it returns ends training and becomes facts["stopped"].
     """
     torch.manual_seed(cfg.seed)
-    model, began = LoopedModel(cfg).to(data.x.device), time.perf_counter()
+    model = LoopedModel(cfg).to(data.x.device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
     kept = average.module if average else model
     optimizers, batch, phi = make_optimizers(model, cfg), Episodes(cfg, data, model), TARGETS[cfg.target]
-    step, stopped = 0, watch(0, None, kept)
+    at = Progress()
+    stopped = watch(at, None, kept)
 
-    while step < cfg.steps and not stopped:
-        step += 1
+    while at.share < 1 and not stopped:
+        began, step = time.perf_counter(), at.steps_done + 1
         puzzles = batch.advance()
         y_dagger = phi(puzzles, batch.s, cfg, batch.noise)  # [B, L]
 
         y, z = (h + cfg.noise * torch.randn_like(h) if cfg.noise else h for h in (batch.y, batch.z))
+        logits_u = model.readout(batch.y).detach()
         y, z = model(puzzles.x, y, z, batch.s)  # the latent step
-        logits = model.readout(y)  # [B, L, V]
-        loss = F.cross_entropy(logits.flatten(0, 1), y_dagger.flatten().long())  # of L_DIS, with all w_s = 1
-        done = batch.s == cfg.n_sup
+        logits_c = model.readout(y)  # [B, L, V]
+        loss, done = step_loss(logits_u, logits_c, y_dagger, batch.s, cfg), batch.s == cfg.n_sup
         if cfg.act:
-            act_loss, may_go = act(model, y, logits, puzzles.y, batch.s)
+            act_loss, may_go = act(model, y, logits_c, puzzles.y, batch.s)
             loss, done = loss + act_loss, done | may_go
 
         loss.backward()
-        for optimizer, schedule in optimizers:
+        warm, cosine = min(1.0, step / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * at.share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * warm * cosine
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
         if average:
             average.update_parameters(model)
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
-        stopped = watch(step, loss.detach(), kept)
 
-    facts = {"steps_done": step, "examples_seen": batch.seen.item(), "stopped": stopped}
-    return kept, {**facts, "train_seconds": round(time.perf_counter() - began, 2)}
+        seconds = at.train_seconds + time.perf_counter() - began
+        share = seconds / cfg.budget_seconds if cfg.budget_seconds else batch.finished() / cfg.examples
+        at = Progress(share, step, batch.seen.item(), step * cfg.T * (cfg.n + 1), seconds)
+        stopped = watch(at, loss.detach(), kept)
+
+    facts = {**at._asdict(), "train_seconds": round(at.train_seconds, 2), "stopped": stopped}
+    return kept, {name: facts[name] for name in facts if name != "share"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1017,18 +1155,226 @@ def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
 
     Of every size so many puzzles that they have about `cells` cells, and 5 at least.
     """
-    cfg, steps = model.cfg, range(1, 4 * model.cfg.n_sup + 1)
-    sizes = [cfg.size, *(size for size in (15, 21, 31) if size > cfg.size and cfg.mixer != "mlp")]
+    cfg, steps, task = model.cfg, range(1, 4 * model.cfg.n_sup + 1), TASKS[model.cfg.task]
+    larger = [size for size in (15, 21, 31) if size > cfg.size and size in task.sizes and cfg.mixer != "mlp"]
     found = {}
-    for size in sizes:
-        larger = resized(model, size)
-        puzzles = TASKS[cfg.task].make(max(5, cells // size**2), size, "test").to(model.y0.device)
-        found[size] = {"puzzles": len(puzzles), **evaluate(larger, puzzles, steps)}
+    for size in [cfg.size, *larger]:
+        other = resized(model, size)
+        puzzles = task.make(other.cfg, max(5, cells // size**2), "test").to(model.y0.device)
+        found[size] = {"puzzles": len(puzzles), **evaluate(other, puzzles, steps)}
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------
-# §8  Figures (matplotlib is imported here and nowhere else)
+# §8  More tasks: the same few functions for sudoku and for n queens
+
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size of a sudoku -> rows and columns of its boxes
+
+
+def units(size: int) -> torch.Tensor:
+    """Rows, columns and boxes of a sudoku: 1 where cell l belongs to unit u, [3 size, L]."""
+    (height, width), cell = BOXES[size], torch.arange(size**2)
+    row, col = cell // size, cell % size
+    box = row // height * height + col // width
+    return torch.cat([F.one_hot(index, size).T for index in (row, col, box)]).float()
+
+
+def digits(x: torch.Tensor, size: int) -> torch.Tensor:
+    """1 where digit d stands in a cell: tokens [N, L], 0 for a blank, -> [N, L, size]."""
+    return F.one_hot(x.long(), size + 1)[..., 1:].float()
+
+
+def sudoku_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Which answers [B, L] solve their sudokus x [B, L] (tokens): [B] bool. No label is consulted.
+
+    Solved: the given digits stand, and every row, column and box has every digit once.
+    """
+    size = math.isqrt(x.shape[1])
+    valid = answer <= size  # a mask token is no digit
+    once = units(size).to(x.device) @ digits(answer.where(valid, 0), size) == 1  # [B, 3 size, size]
+    return ((x == 0) | (answer == x)).all(1) & once.all((1, 2))
+
+
+def propagate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One round of constraint propagation on sudokus x [N, L].
+
+    Returns x with all cells filled that have one possible digit only, or the only place of a digit in some
+    unit; the digits `free` for each blank [N, L, size] before that; and which x contradict the rules [N].
+    """
+    size = math.isqrt(x.shape[1])
+    U = units(size)
+    has = U @ digits(x, size)  # [N, units, size]: how often a unit has a digit
+    free = (x == 0)[..., None] & (U.T @ has == 0)
+    places = U @ free.float()  # [N, units, size]: cells of the unit where the digit may go
+    single = free & ((free.sum(-1, keepdim=True) == 1) | (U.T @ (places == 1).float() > 0))
+    filled = torch.where(single.any(-1), single.int().argmax(-1) + 1, x).to(x.dtype)
+    nowhere = (has + places == 0).any((1, 2)) | ((x == 0) & ~free.any(-1)).any(1)
+    return filled, free, nowhere | (has > 1).any((1, 2))
+
+
+def sudoku_grids(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random solved sudokus [count, L] uint8: guess a digit, propagate, and begin anew where that fails.
+
+    Every eighth is found so; the others are views of it, with digits, rows and columns exchanged at random.
+    """
+    x = torch.zeros(-(-count // 8), size**2, dtype=torch.uint8)
+    live = torch.arange(len(x))
+    while len(live):
+        now = x[live]
+        filled, free, broken = propagate(now)
+        filled[broken] = 0
+        stuck = ((filled == now).all(1) & ~broken).nonzero()[:, 0]
+        options = free[stuck].sum(-1) + torch.rand(now[stuck].shape, generator=generator)
+        cell = torch.where(now[stuck] == 0, options, math.inf).argmin(1)  # one with the fewest options
+        choice = torch.multinomial(free[stuck, cell].float(), 1, generator=generator)[:, 0] + 1
+        filled[stuck, cell] = choice.to(torch.uint8)
+        x[live] = filled
+        live = live[~sudoku_solved(filled, filled)]
+    return exchange(x.repeat_interleave(8, 0)[:count], generator)
+
+
+def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Sudokus [N, L] with digits, bands, stacks, and rows and columns within these, permuted at random."""
+    N, size = len(y), math.isqrt(y.shape[1])
+
+    def order(step):  # [N, size]: groups of `step` lines are permuted, and the lines in each group
+        groups = torch.rand(N, size // step, generator=generator).argsort(1).repeat_interleave(step, 1)
+        return (groups + torch.rand(N, size, generator=generator)).argsort(1)
+
+    height, width = BOXES[size]
+    cell = order(height)[:, :, None] * size + order(width)[:, None]  # [N, size, size]
+    new = F.pad(torch.rand(N, size, generator=generator).argsort(1) + 1, (1, 0))  # a blank stays one
+    return new.gather(1, y.gather(1, cell.flatten(1)).long()).to(y.dtype)
+
+
+def other_solutions(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """For sudokus x [N, L] with a solution y each: another solution, or y where there is no other. [N, L]
+
+    A complete search: propagate, then try all digits of the blank with the fewest.
+    """
+    other, boards, owner = y.clone(), x.clone(), torch.arange(len(x))
+    while len(boards):
+        last = slice(max(0, len(boards) - 3000), None)  # the newest first, so that memory stays bounded
+        now, of = boards[last], owner[last]
+        filled, free, broken = propagate(now)
+        found = sudoku_solved(now, now) & (now != y[of]).any(1)
+        other[of[found]] = now[found]
+        going = ~broken & (now == 0).any(1)
+        moved = (filled != now).any(1)
+        stuck = (going & ~moved).nonzero()[:, 0]
+        cell = torch.where(now[stuck] == 0, free[stuck].sum(-1), 99).argmin(1)
+        which, digit = free[stuck, cell].nonzero(as_tuple=True)
+        branches = now[stuck[which]]
+        branches[torch.arange(len(which)), cell[which]] = (digit + 1).to(x.dtype)
+        on = going & moved
+        boards = torch.cat([boards[: last.start], filled[on], branches])
+        owner = torch.cat([owner[: last.start], of[on], of[stuck[which]]])
+        open_ = (other[owner] == y[owner]).all(1)
+        boards, owner = boards[open_], owner[open_]
+    return other
+
+
+def solve_sudokus(x: torch.Tensor, y: torch.Tensor) -> Puzzles:
+    """Sudokus x [N, L] with their solutions y: cells come in the order in which propagation fills them.
+
+    What propagation leaves open comes in one last round.
+    """
+    order, now, r = torch.zeros_like(x, dtype=torch.int16), x, 0
+    while ((new := propagate(now)[0]) != now).any():
+        r += 1
+        order[new != now] = r
+        now = new
+    order[now == 0] = r + 1
+    return Puzzles(x, y, x, order)
+
+
+def make_sudokus(count: int, size: int = 9, blanks: int = 40, split: str = "train", seed: int = 0) -> Puzzles:
+    """`count` sudokus with 1 to `blanks` empty cells and one solution each, of the given split.
+
+    Cells are emptied at random; as long as there is a second solution, a cell that tells the two apart is given
+    back. Its solution decides a sudoku's split, and splits have nothing in common but by chance.
+    """
+    generator = torch.Generator().manual_seed(seed + 2**32 * list(SPLITS).index(split))
+    y = draw_split(count, size, split, lambda n: sudoku_grids(n, size, generator), lambda y: y)
+    many = torch.randint(1, blanks + 1, (count, 1), generator=generator)
+    x = torch.where(torch.rand(y.shape, generator=generator).argsort(1).argsort(1) < many, 0, y)
+    live = torch.arange(count)
+    while len(live):
+        differs = other_solutions(x[live], y[live]) != y[live]
+        live, cell = live[differs.any(1)], differs[differs.any(1)].int().argmax(1)
+        x[live, cell] = y[live, cell]
+    return solve_sudokus(x, y)
+
+
+EMPTY, QUEEN = range(2)
+
+
+@functools.cache
+def placements(size: int) -> torch.Tensor:
+    """All ways to place `size` queens so that none attacks another: 0 and 1, [K, L] uint8, in reading order."""
+    columns = torch.zeros(1, 0, dtype=torch.long)  # of the queens in the rows so far
+    for row in range(size):
+        columns = torch.cat(
+            [columns.repeat_interleave(size, 0), torch.arange(size).repeat(len(columns))[:, None]], 1
+        )
+        apart = (columns[:, -1:] - columns[:, :-1]).abs()  # [.., row]
+        columns = columns[((apart != 0) & (apart != torch.arange(row, 0, -1))).all(1)]
+    return F.one_hot(columns, size).flatten(1).to(torch.uint8)
+
+
+def make_queens(count: int, size: int = 8, split: str = "train", seed: int = 0) -> Puzzles:
+    """`count` boards with 1 to size - 1 queens of a valid placement, to be completed, of the given split.
+
+    The label is the first completion in reading order, so that the same question always has the same answer;
+    others are as good. Its queens decide a board's split, and symmetric boards share it. A solver sets the
+    queens row by row.
+    """
+    generator, every = torch.Generator().manual_seed(seed), placements(size)
+
+    def draw(n):  # so many queens of a placement that some stay and some go
+        y = every[torch.randint(len(every), (n,), generator=generator)]
+        rank = torch.where(y == QUEEN, torch.rand(y.shape, generator=generator), 2.0).argsort(1).argsort(1)
+        return y * (rank < torch.randint(1, size, (n, 1), generator=generator))
+
+    x = draw_split(count, size, split, draw, lambda x: x)
+    y = every[((x.float() @ every.T.float()) == x.sum(1, keepdim=True)).int().argmax(1)]
+    new = y != x
+    order = new.view(count, size, size).any(2).cumsum(1).repeat_interleave(size, 1) * new
+    return Puzzles(x, y, x, order.to(torch.int16))
+
+
+def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Which answers [B, L] complete their boards x [B, L] (tokens): [B] bool. No label is consulted.
+
+    Solved: the given queens stand, each row and column has one queen, and no diagonal has two.
+    """
+    board = grid(answer == QUEEN).int()  # [B, H, W]
+    diagonals = range(1 - board.shape[1], board.shape[1])
+    sums = [b.diagonal(k, 1, 2).sum(1) for b in (board, board.flip(2)) for k in diagonals]  # each [B]
+    lines = (board.sum(1) == 1).all(1) & (board.sum(2) == 1).all(1)
+    return (answer <= QUEEN).all(1) & (answer >= x).all(1) & lines & (torch.stack(sums) <= 1).all(0)
+
+
+TASKS["sudoku"] = Task(
+    lambda cfg, count, split, seed=0: make_sudokus(count, cfg.size, cfg.blanks, split, seed),
+    sudoku_solved,
+    lambda size: {"blank": "#ffffff", **{str(d): "#f4f1ea" for d in range(1, size + 1)}},
+    tuple(BOXES),
+    {"size": 9, "mixer": "mlp"},
+    " 123456789",
+    BOXES.get,
+)
+TASKS["nqueens"] = Task(
+    lambda cfg, count, split, seed=0: make_queens(count, cfg.size, split, seed),
+    queens_solved,
+    lambda size: {"empty": "#f4f1ea", "queen": "#56b4e9"},
+    range(4, 11),
+    {"size": 8},
+    " ♛",
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# §9  Figures (matplotlib is imported here and nowhere else)
 
 
 def pyplot():
@@ -1182,6 +1528,41 @@ def draw_thinking(found: dict, n_sup: int, title: str, path: Path) -> None:
         percent(axes[0, 0])
 
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
+
+
+def draw_comparison(found: dict, task: str, path: Path) -> None:
+    """Held-out puzzles solved, mean and range over the seeds, against three prices of training."""
+    axes_of = {"examples_seen": "examples seen", "train_passes": "forward passes in training"}
+    axes_of |= {"train_seconds": "seconds of training"}
+    best = max(found, key=lambda name: found[name]["exact"])
+    title = "; ".join(
+        f"{name} {of['exact']:.1%} in {of['train_seconds']:.0f} s" for name, of in found.items()
+    )
+    title = f"{task}: {best} solves the most\n" + textwrap.fill(title, 110)
+    with figure(path, title, 1, 3, (11, 4.5), "") as axes:
+        for ax, (price, label) in zip(axes[0], axes_of.items(), strict=True):
+            for i, (name, of) in enumerate(found.items()):
+                marks = list(zip(*(run["curve"] for run in of["runs"]), strict=False))  # [10][seeds]
+                spent = [sum(at[price] for at in mark) / len(mark) for mark in marks]
+                exact = [[at["exact"] for at in mark] for mark in marks]
+                style = {
+                    "color": COLOURS[i % len(COLOURS)],
+                    "marker": "os^vDPX"[i % 7],
+                    "ms": 4,
+                    "label": name,
+                }
+                ax.plot(spent, [sum(e) / len(e) for e in exact], **style, lw=1.2)
+                ax.fill_between(
+                    spent, [*map(min, exact)], [*map(max, exact)], color=style["color"], alpha=0.15
+                )
+            ax.set_xlabel(label)
+            ax.set_title("held-out puzzles solved", fontsize=10)
+            percent(ax)
+        axes[0, 1].set_xscale("log")
+        axes[0, 2].legend(fontsize=8)
+
+
 def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     """[(caption, tokens [L], wrong cells [L]), ..]: question, each step's answer, solution; how it went."""
     x, y_star, frames, found = puzzle.x, puzzle.y, [], "not solved"
@@ -1194,14 +1575,22 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     return [("puzzle", x[0], none), *frames, ("solution", y_star[0], none)], found
 
 
-def draw_frame(ax, legend: dict, caption: str, tokens, wrong) -> None:
-    """Tokens [L] as coloured cells; a cross marks those that are `wrong` [L]."""
+def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
+    """Tokens [L] as coloured cells, with what the task writes into them; a cross marks the `wrong` ones [L]."""
     from matplotlib.colors import ListedColormap
 
-    cells, (rows, cols) = grid(tokens[None])[0].cpu().numpy(), grid(wrong[None])[0].cpu().numpy().nonzero()
-    ax.imshow(cells, cmap=ListedColormap(list(legend.values())), vmin=0, vmax=len(legend) - 1)
-    for colour, width in (("white", 3), ("black", 1.2)):  # black with a white rim: seen on any colour
-        ax.plot(cols, rows, "x", color=colour, ms=44 / len(cells), mew=width)
+    cells, wrong = (grid(v[None])[0].cpu().numpy() for v in (tokens, wrong))
+    task, colours, size = TASKS[cfg.task], list(legend(cfg).values()), 44 / cfg.size
+    ax.imshow(cells, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1)
+    for (row, col), token in np.ndenumerate(cells) if task.glyphs else ():
+        ax.text(col, row, task.glyphs[token : token + 1], ha="center", va="center", fontsize=2 * size)
+    rows, cols = wrong.nonzero()
+    for colour, width in (("white", 3), ("#d55e00" if task.glyphs else "black", 1.2)):  # a rim: seen on all
+        ax.plot(cols, rows, "x", color=colour, ms=size, mew=width)
+    if task.glyphs:
+        for line, step in zip((ax.axhline, ax.axvline), task.boxes(cfg.size), strict=True):
+            for k in range(cfg.size + 1):
+                line(k - 0.5, color="0.2", lw=0.3 if k % step else 1.2)
     ax.set(title=caption, xticks=[], yticks=[])
 
 
@@ -1211,17 +1600,18 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.patches import Patch
 
-    legend, (frames, found) = TASKS[model.cfg.task].legend, solution_frames(model, puzzle)
+    cfg, (frames, found) = model.cfg, solution_frames(model, puzzle)
     frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 17) for k in range(18)})]  # 18 at most
     cols = 4 if len(frames) <= 8 else 6
     rows = math.ceil(len(frames) / cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
-    fig.suptitle(f"A held-out {model.cfg.task} from the hardest 1%: {found}")
+    fig.suptitle(f"A held-out {cfg.task} from the hardest 1%: {found}")
     for ax, frame in zip(axes.flat, frames, strict=False):
-        draw_frame(ax, legend, *frame)
+        draw_frame(ax, cfg, *frame)
     for ax in axes.flat[len(frames) :]:
         ax.axis("off")
-    keys = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend.items()]
+    keys = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend(cfg).items()]
+    keys = [] if TASKS[cfg.task].glyphs else keys
     keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label="wrong"))
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
     with replacing(out / "solution.png") as beside:
@@ -1232,7 +1622,7 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 
     def show(i):
         ax.clear()
-        draw_frame(ax, legend, *frames[i])
+        draw_frame(ax, cfg, *frames[i])
 
     order = [*range(len(frames) - 1), len(frames) - 2, len(frames) - 1]  # lingers on the last answer
     animation = FuncAnimation(fig, show, order)
@@ -1243,11 +1633,17 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# §9  Files: written beside their place and renamed when complete; checked when read
+# §10  Files: written beside their place and renamed when complete; checked when read
 
 # may differ between training and a later evaluation
 RUN_OPTIONS = ("device", "out", "figures", "test_size", "think", "halt")
-FACTS = {"steps_done": int, "examples_seen": int, "train_seconds": float, "stopped": str}  # of the training
+FACTS = {
+    "steps_done": int,
+    "examples_seen": int,
+    "train_passes": int,
+    "train_seconds": float,
+}  # of the training
+FACTS |= {"stopped": str, "curve": list}
 
 
 @contextmanager
@@ -1295,7 +1691,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         trained = Config(**content["config"])
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         # where and what to write comes from the command line or the defaults, never from the file
-        free = RUN_OPTIONS if trained.mixer == "mlp" else (*RUN_OPTIONS, "size")
+        free = (*RUN_OPTIONS, "blanks") if trained.mixer == "mlp" else (*RUN_OPTIONS, "blanks", "size")
         here = {name: getattr(Config, name) for name in RUN_OPTIONS if name != "test_size"}
         here |= {name: value for name, value in given.items() if name in free}
         model = LoopedModel(replace(trained, **here))
@@ -1314,8 +1710,37 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     return model, facts
 
 
+def load_trajectories(cfg: Config) -> Puzzles:
+    """The puzzles of the file --trajectories: an .npz as numpy.savez writes it, with the arrays
+
+    x [N, L] (questions) and plan [N, S, L] (S answers on the way, the last of them right), L = size * size,
+    whole numbers that stand for the tokens of the task. Raises `UserError` if the file holds anything else.
+    """
+    where, V = f"--trajectories {cfg.trajectories}", len(TASKS[cfg.task].legend(cfg.size))
+    try:
+        with np.load(cfg.trajectories, allow_pickle=False) as content:
+            x, plan = content["x"], content["plan"]
+    except OSError as e:
+        raise UserError(f"{where}: {e.strerror or 'not an .npz file'}; must be a file by numpy.savez") from e
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{where}: must be an .npz file with the arrays x and plan") from e
+    N, S, L = len(x) if x.ndim else 0, plan.shape[1] if plan.ndim == 3 else 0, cfg.size**2
+    if x.shape != (N, L) or plan.shape != (N, S, L) or 0 in (N, S):
+        shapes = f"x {[*x.shape]}, plan {[*plan.shape]}"
+        raise UserError(f"{where}: {shapes}; must be [N, {L}] and [N, S, {L}], N and S of 1 or more")
+    for name, tokens in (("x", x), ("plan", plan)):
+        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= V:
+            found = f"{tokens.dtype} from {tokens.min()} to {tokens.max()}"
+            raise UserError(f"{where}: {name} has {found}; must have whole numbers from 0 to {V - 1}")
+    x, plan = (torch.from_numpy(tokens.astype(np.uint8)) for tokens in (x, plan))
+    if not (solved := TASKS[cfg.task].solved(x, plan[:, -1])).all():
+        bad = (~solved).nonzero()[0].item()
+        raise UserError(f"{where}: the last answer of puzzle {bad} does not solve it; all must be right")
+    return Puzzles(x, plan[:, -1], x, torch.zeros_like(x, dtype=torch.int16), plan)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# §10  Command line
+# §11  Command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -1326,9 +1751,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv) -> dict:
-    """The options that were given on the command line: fields of `Config`, and `eval`."""
+    """The options that were given on the command line: fields of `Config`, `eval`, `compare` and `seeds`."""
     parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
+    parser.add_argument("--compare", metavar="LIST", help=COMPARE_HELP)
+    parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
     for f in fields(Config):
 
         def read(text, f=f):
@@ -1345,7 +1772,10 @@ def parse(argv) -> dict:
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if given.get("budget_seconds") == 0:
+        raise UserError("--budget-seconds 0: must be more; leave it out for no budget")
+    return given
 
 
 DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
@@ -1363,44 +1793,50 @@ class Watch:
     """What the command line does during training: show progress, heed Ctrl-C, and stop when the loss is lost.
 
     Losses are looked at about 200 times, as a GPU must be waited for. Weights seen then count as good once
-    the losses up to the next look are finite; the last good ones come back when some are not.
+    the losses up to the next look are finite; the last good ones come back when some are not. Ten times the
+    share of held-out puzzles solved is measured: `curve` keeps it, with how far the training was.
     """
 
-    def __init__(self, steps: int, held_out: Puzzles, interrupts: list):
-        self.steps, self.held_out, self.interrupts = steps, held_out, interrupts
+    def __init__(self, held_out: Puzzles, interrupts: list):
+        self.held_out, self.interrupts = held_out, interrupts
         self.good = self.newest = None  # (step, weights)
-        self.losses, self.tenth, self.exact = [], 0, ""
-        self.began, self.live = time.perf_counter(), sys.stdout.isatty()
+        self.losses, self.looked, self.curve = [], 0, []
+        self.live = sys.stdout.isatty()
 
-    def __call__(self, step: int, loss: torch.Tensor | None, model: LoopedModel) -> str:
+    def __call__(self, at: Progress, loss: torch.Tensor | None, model: LoopedModel) -> str:
         self.losses += [] if loss is None else [loss]
-        if step % max(1, self.steps // 200) and step < self.steps and not self.interrupts:
+        look = min(200, int(200 * at.share + 1e-6))
+        if look == self.looked and loss is not None and not self.interrupts:
             return ""
-        values, self.losses = torch.stack(self.losses).tolist() if step else [], []  # waits for the GPU once
-        bad = [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]
+        values, self.losses = (
+            torch.stack(self.losses).tolist() if self.losses else [],
+            [],
+        )  # waits for the GPU
+        bad = [i for i, v in enumerate(values, at.steps_done - len(values) + 1) if not math.isfinite(v)]
         if bad or not all(v.isfinite().all() for v in model.state_dict().values()):
             model.load_state_dict(self.good[1])
-            first = bad[0] if bad else step + 1
+            first = bad[0] if bad else at.steps_done + 1
             return f"the loss is no longer finite at step {first}, kept is step {self.good[0]}"
-        now = (step, copy.deepcopy(model.state_dict()))
+        now = (at.steps_done, copy.deepcopy(model.state_dict()))
         self.good, self.newest = self.newest or now, now
-        if step:
-            self.show(step, sum(values) / len(values), model)
+        if loss is not None:
+            tenth, self.looked = look // 20 > self.looked // 20, look
+            self.show(at, sum(values) / len(values), model, tenth)
         return "interrupted" if self.interrupts else ""
 
-    def show(self, step: int, loss: float, model: LoopedModel) -> None:
+    def show(self, at: Progress, loss: float, model: LoopedModel, tenth: bool) -> None:
         """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
-        share, tenth, before = step / self.steps, 10 * step // self.steps, self.tenth
-        if tenth > before:
-            self.tenth = tenth
+        if tenth:
             x, steps = self.held_out.x, range(1, model.cfg.n_sup + 1)
             solved = TASKS[model.cfg.task].solved(x, answer(model, x, steps)[0])
-            self.exact = f"  held-out solved {solved.float().mean():.1%}"
-        if tenth > before or self.live:
-            took = time.perf_counter() - self.began
-            line = f"{share:4.0%}  step {step}  loss {loss:.4f}{self.exact}"
-            line += f"  {took:.0f} s, {took / share - took:.0f} s left"
-            start, end = ("\r\033[K", "" if step < self.steps else "\n") if self.live else ("", "\n")
+            self.curve.append({**at._asdict(), "exact": solved.double().mean().item()})
+        if tenth or self.live:
+            held_out = f"  held-out solved {self.curve[-1]['exact']:.1%}" if self.curve else ""
+            took, end = at.train_seconds, "" if at.share < 1 else "\n"
+            left = took / at.share - took if at.share < 1 else 0
+            line = f"{min(1, at.share):4.0%}  step {at.steps_done}  loss {loss:.4f}{held_out}"
+            line += f"  {took:.0f} s, {left:.0f} s left"
+            start, end = ("\r\033[K", end) if self.live else ("", "\n")
             print(start + line, end=end, flush=True)
 
 
@@ -1434,21 +1870,30 @@ def print_thinking(found: dict) -> None:
         print(f"{f'{size} x {size}':18} " + " ".join(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
+def fit(cfg: Config, device: torch.device, interrupts: list) -> tuple[LoopedModel, dict]:
+    """A freshly trained model and the facts of its training, "curve" among them: what `Watch` measured."""
+    task = TASKS[cfg.task]
+    if cfg.target == "file":
+        data = load_trajectories(cfg)
+    else:
+        seen = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
+        data = hardest(task.make(cfg, cfg.pick * seen, "train", cfg.seed), cfg.pick)
+    watch = Watch(task.make(cfg, min(200, cfg.test_size), "valid").to(device), interrupts)
+    model, facts = train(cfg, data.to(device), watch)
+    return model, {**facts, "curve": watch.curve}
+
+
 def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[LoopedModel, dict, Path]:
     """The model, loaded or freshly trained and saved; facts of its training; the folder for results."""
     model, facts = (None, {}) if checkpoint is None else load_checkpoint(checkpoint, **given)
     cfg = model.cfg if model else configure(**given)
     folder = Path(checkpoint).parent / "eval" if model else Path("runs") / f"{cfg.task}-{cfg.scheme}"
-    device, task, out = pick_device(cfg.device), TASKS[cfg.task], prepare_folder(Path(cfg.out or folder))
+    device, out = pick_device(cfg.device), prepare_folder(Path(cfg.out or folder))
     if cfg.figures:
         pyplot()  # if it is missing, say so now and not after the training
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
     if not model:
-        most = cfg.batch_size * (cfg.steps if cfg.act else -(-cfg.steps // cfg.n_sup))  # that can get seen
-        made = task.make(cfg.pick * min(cfg.train_size, most), cfg.size, "train", cfg.seed)
-        data = hardest(made, cfg.pick).to(device)
-        held_out = task.make(min(200, cfg.test_size), cfg.size, "valid").to(device)
-        model, facts = train(cfg, data, Watch(cfg.steps, held_out, interrupts))
+        model, facts = fit(cfg, device, interrupts)
         save_checkpoint(out / "model.pt", model, facts)
         if facts["stopped"]:
             print(f"\nlrpi: {facts['stopped']}; saved and now evaluated", file=sys.stderr)
@@ -1473,7 +1918,7 @@ def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: 
     draw_halting(found, title, out / "halting.png")
     size, of = list(longer.items())[-1]
     most = max(of["exact"])
-    title = f"{most:.0%} of {size} x {size} mazes solved, first at step {of['exact'].index(most) + 1}"
+    title = f"{cfg.task} {size} x {size}: {most:.0%} solved, first at step {of['exact'].index(most) + 1}"
     title += f"; {cfg.n_sup} steps in training"
     draw_thinking(longer, cfg.n_sup, title, out / "thinking.png")
     work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, and length of the solution
@@ -1492,14 +1937,135 @@ def readable(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+COMPARE_HELP = (
+    "train each of these and compare: schemes separated by commas, each with options of its own if need be, "
+    "as in trm,dis,dis+target=reveal+step-index+noise=0"
+)
+
+
+def parse_arms(text: str, given: dict) -> dict:
+    """What --compare is to compare: {"dis+noise=0": its `Config`, ..}, the options `given` being for all."""
+    arms = {}
+    for name in text.split(","):
+        scheme, *changes = name.split("+")
+        try:
+            own = parse([f"--scheme={scheme}", *(f"--{change}" for change in changes)])
+            arms[name] = configure(**given | {k: v for k, v in own.items() if k in Config.__annotations__})
+        except UserError as e:
+            raise UserError(f"--compare {name}: {e}") from e
+    if len(arms) < len(text.split(",")):
+        raise UserError(f"--compare {text}: must not name anything twice")
+    return arms
+
+
+def read_run(path: Path, cfg: Config) -> dict | None:
+    """The finished run in the file `path`, if there is one. Raises `UserError` if it is not one of `cfg`."""
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text())
+        now, then = asdict(cfg), run["config"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: not a run of --compare; must be removed") from e
+    other = [flag(name) for name in now if name not in RUN_OPTIONS[:3] and then.get(name) != now[name]]
+    if other:
+        raise UserError(f"{path}: a run with other {', '.join(other)}; give another --out, or remove it")
+    return run
+
+
+def run_arm(cfg: Config, device: torch.device, path: Path, interrupts: list) -> dict | None:
+    """Train one arm with one seed, and test it: what becomes the file `path`. None if interrupted."""
+    model, facts = fit(cfg, device, interrupts)
+    if interrupts:
+        return None
+    found = evaluate(model, TASKS[cfg.task].make(cfg, cfg.test_size, "test").to(device))
+    run = {"seed": cfg.seed, **facts, "exact": found["exact"], "passes": found["passes"]}
+    run |= {"params": sum(p.numel() for p in model.parameters()), "config": asdict(cfg)}
+    save_checkpoint(path.with_suffix(".pt"), model, facts)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(readable(run), indent=1))
+    return run
+
+
+def summarise(runs: list) -> dict:
+    """Of an arm's runs: "exact" after the last step as mean, least and most; the rest as medians."""
+    exact, median = [run["exact"][-1] for run in runs], {}
+    for name in ("passes", "params", "examples_seen", "train_passes", "train_seconds"):
+        median[name] = sorted(run[name] for run in runs)[len(runs) // 2]
+    return {"exact": sum(exact) / len(exact), "least": min(exact), "most": max(exact), **median}
+
+
+def compare(given: dict, text: str, seeds: str, interrupts: list) -> int:
+    """Train all that --compare names with every seed; print, write and draw how they did. The exit code.
+
+    Each run is kept in a file of its own as soon as it is finished, and not made again.
+    """
+    if not (seeds.isdecimal() and 1 <= int(seeds) <= 1000):
+        raise UserError(f"--seeds {seeds}: must be a whole number from 1 to 1000")
+    arms, draws = parse_arms(text, given), given.get("figures", True)
+    first, runs = next(iter(arms.values())), {name: [] for name in arms}
+    out, device = prepare_folder(Path(first.out or f"runs/{first.task}-compare")), pick_device(first.device)
+    if draws:
+        pyplot()
+    todo = [(name, replace(cfg, seed=cfg.seed + k)) for k in range(int(seeds)) for name, cfg in arms.items()]
+    files = [out / f"{name}-{cfg.seed}.json" for name, cfg in todo]
+    done = [read_run(path, cfg) for path, (_, cfg) in zip(files, todo, strict=True)]
+    print(f"{first.task}: {len(arms)} schemes, {seeds} seeds, {len(todo)} runs on {device}: see {out}")
+    for i, ((name, cfg), path) in enumerate(zip(todo, files, strict=True), 1):
+        print(f"\n{name}, seed {cfg.seed}, run {i} of {len(todo)}" + ", is there already" * bool(done[i - 1]))
+        run = done[i - 1] or run_arm(cfg, device, path, interrupts)
+        if not run:
+            print(f"{i - 1} of {len(todo)} runs are finished; the same command goes on from there")
+            return 130
+        runs[name].append(run)
+        print(
+            f"{run['exact'][-1]:.1%} of the test puzzles solved"
+            + f"; {run['stopped']}" * bool(run["stopped"])
+        )
+    found = {name: {**summarise(of), "runs": of} for name, of in runs.items()}
+    print_comparison(found)
+    with replacing(out / "compare.json") as beside:
+        beside.write_text(
+            json.dumps({"task": first.task, "torch": torch.__version__, "arms": found}, indent=1)
+        )
+    with replacing(out / "compare.csv") as beside, beside.open("w", newline="") as lines:
+        columns = ["scheme", "seed", *Progress._fields, "exact"]
+        writer = csv.DictWriter(lines, columns, extrasaction="ignore")
+        writer.writeheader()
+        for name, of in runs.items():
+            writer.writerows({"scheme": name, "seed": run["seed"], **at} for run in of for at in run["curve"])
+    if draws:
+        draw_comparison(found, first.task, out / "compare.png")
+    print(f"wrote compare.json, compare.csv{', compare.png' * draws}")
+    return 0
+
+
+def print_comparison(found: dict) -> None:
+    """What `compare` found, a line for each arm."""
+    width = max(map(len, found))
+    print(f"\n{'':{width}}  solved, least to most    passes   params  examples  passes in training  seconds")
+    for name, of in found.items():
+        line = (
+            f"{name:{width}}  {of['exact']:6.1%}, {of['least']:6.1%} to {of['most']:6.1%}  {of['passes']:6}"
+        )
+        line += f"  {of['params']:7,}  {of['examples_seen']:8}  {of['train_passes']:18}"
+        print(f"{line}  {of['train_seconds']:7.0f}")
+
+
 def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
-    checkpoint = given.pop("eval")
+    checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
+    if checkpoint is not None and arms is not None:
+        raise UserError(f"--eval {checkpoint}: must go without --compare")
+    if arms is not None:
+        return compare(given, arms, seeds or "1", interrupts)
+    if seeds is not None:
+        raise UserError(f"--seeds {seeds}: must go with --compare")
     model, facts, out = obtain(given, checkpoint, interrupts)
     fresh = checkpoint is None
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
-    test = make(cfg.test_size, cfg.size, "test").to(model.y0.device)
-    valid = make(min(cfg.test_size, VALID_SIZE), cfg.size, "valid", 1).to(model.y0.device)
+    test = make(cfg, cfg.test_size, "test").to(model.y0.device)
+    valid = make(cfg, min(cfg.test_size, VALID_SIZE), "valid", 1).to(model.y0.device)
     found = diagnose(model, test, valid)
     print_table(found)
     longer = think_longer(model, min(30_000, test.x.numel()))

@@ -222,6 +222,207 @@ def test_solved_rejects_a_path_with_a_separate_loop():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Sudoku and queens
+
+BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+
+
+def sudoku_peers(size):
+    """The cells that must differ from each cell, by comparing all pairs."""
+    height, width = BOX[size]
+    place = [(i // size, i % size, i // size // height, i % size // width) for i in range(size**2)]
+    return [
+        [j for j, b in enumerate(place) if i != j and (a[0] == b[0] or a[1] == b[1] or a[2:] == b[2:])]
+        for i, a in enumerate(place)
+    ]
+
+
+def sudoku_solutions(puzzle, size, limit):
+    """Up to `limit` solutions, by plain backtracking over the cell with the fewest digits left."""
+    peers, found, board = sudoku_peers(size), [], list(puzzle)
+
+    def search():
+        left = {
+            i: [d for d in range(1, size + 1) if all(board[j] != d for j in peers[i])]
+            for i in range(size**2)
+            if not board[i]
+        }
+        if not left:
+            found.append(list(board))
+            return
+        cell = min(left, key=lambda i: len(left[i]))
+        for d in left[cell]:
+            board[cell] = d
+            search()
+            board[cell] = 0
+            if len(found) == limit:
+                return
+
+    search()
+    return found
+
+
+@pytest.mark.parametrize("size, blanks, count", [(4, 10, 60), (6, 24, 40), (9, 40, 12), (9, 54, 6)])
+def test_sudokus_have_one_solution_and_it_is_the_label(size, blanks, count):
+    puzzles = lrpi.make_sudokus(count, size, blanks, "train", seed=1)
+    assert puzzles.x.dtype == puzzles.y.dtype == torch.uint8
+    for puzzle, label in zip(puzzles.x.tolist(), puzzles.y.tolist(), strict=True):
+        assert 1 <= puzzle.count(0) <= blanks
+        assert sudoku_solutions(puzzle, size, 2) == [label]
+    assert lrpi.sudoku_solved(puzzles.x, puzzles.y).all()
+
+
+def test_the_number_of_blanks_is_uniform_where_nothing_is_given_back():
+    """Of 9 x 9 sudokus with 1 to 12 blanks hardly any has a second solution; chi-square, 11 d.o.f., 6 sigma."""
+    blanks = (lrpi.make_sudokus(1200, 9, 12).x == 0).sum(1)
+    counts = torch.bincount(blanks, minlength=13)[1:].double()
+    assert ((counts - 100) ** 2 / 100).sum() < 11 + 6 * math.sqrt(22)
+
+
+def test_other_solutions_are_found_wherever_there_are_any():
+    """Against backtracking, on 4 x 4 grids with many cells emptied at random."""
+    g = generator(3)
+    y = lrpi.sudoku_grids(120, 4, g)
+    x = torch.where(torch.rand(y.shape, generator=g) < 0.7, 0, y)
+    other, several = lrpi.other_solutions(x, y), []
+    for puzzle, label, found in zip(x.tolist(), y.tolist(), other.tolist(), strict=True):
+        solutions = sudoku_solutions(puzzle, 4, 300)
+        several.append(len(solutions) > 1)
+        assert found in solutions and (found != label) == several[-1]
+    assert 20 < sum(several) < 120
+
+
+@pytest.mark.parametrize("size, blanks", [(6, 24), (9, 50)])
+def test_sudoku_stages_are_rounds_of_naked_and_hidden_singles(size, blanks):
+    puzzles, peers, (height, width) = lrpi.make_sudokus(10, size, blanks), sudoku_peers(size), BOX[size]
+    cells = range(size**2)
+    rows = [[i for i in cells if i // size == k] for k in range(size)]
+    cols = [[i for i in cells if i % size == k] for k in range(size)]
+    wide = size // width
+    boxes = [[i for i in cells if (i // size // height, i % size // width) == divmod(k, wide)]
+             for k in range(size)]  # fmt: skip
+    rounds = puzzles.order.max().item()
+    for i, (puzzle, label) in enumerate(zip(puzzles.x.tolist(), puzzles.y.tolist(), strict=True)):
+        board = list(puzzle)
+        for r in range(1, rounds + 2):
+            free = {c: {d for d in range(1, size + 1) if all(board[j] != d for j in peers[c])}
+                    for c in cells if not board[c]}  # fmt: skip
+            new = {c: min(ds) for c, ds in free.items() if len(ds) == 1}
+            for unit in rows + cols + boxes:
+                for d in range(1, size + 1):
+                    places = [c for c in unit if c in free and d in free[c]]
+                    if len(places) == 1:
+                        new[places[0]] = d
+            if not new:  # propagation is stuck, or done: all else comes at once
+                new = {c: label[c] for c in free}
+            for c, d in new.items():
+                board[c] = d
+            assert puzzles.stage(torch.full((10,), r))[i].tolist() == board
+    assert torch.equal(puzzles.stage(torch.full((10,), rounds)), puzzles.y) and rounds > 2
+
+
+def test_sudoku_checker_rejects_near_misses():
+    puzzles = lrpi.make_sudokus(20, 9, 40)
+    x, y = puzzles.x, puzzles.y
+    assert lrpi.sudoku_solved(x, y).all() and not lrpi.sudoku_solved(x, x).any()
+    g = generator()
+    for i in range(20):
+        cell = torch.randint(81, (1,), generator=g).item()
+        wrong = y[i : i + 1].repeat(9, 1)
+        wrong[:, cell] = (y[i, cell] + torch.arange(9)) % 10  # the first is right, the others are not
+        assert lrpi.sudoku_solved(x[i].expand(9, -1), wrong).tolist() == [True] + 8 * [False]
+    shuffled = (y % 9) + 1  # a valid grid, but with every given changed
+    assert lrpi.sudoku_solved(y * 0, shuffled).all() and not lrpi.sudoku_solved(x, shuffled).any()
+    masked = torch.where(torch.arange(81) == 40, 10, y)
+    assert not lrpi.sudoku_solved(x, masked).any()
+    two = torch.tensor([[1, 2, 3, 4, 3, 4, 1, 2, 2, 3, 4, 1, 4, 1, 2, 3]])  # rows and columns, but not boxes
+    assert lrpi.sudoku_solved(two * 0, two).all()
+    two = torch.tensor([[1, 2, 3, 4, 2, 3, 4, 1, 3, 4, 1, 2, 4, 1, 2, 3]])
+    assert not lrpi.sudoku_solved(two * 0, two).any()
+
+
+def queens_solutions(size):
+    """All placements, as the columns of the queens, row by row, by trying all permutations."""
+    return [
+        p
+        for p in itertools.permutations(range(size))
+        if len({r + c for r, c in enumerate(p)}) == len({r - c for r, c in enumerate(p)}) == size
+    ]
+
+
+@pytest.mark.parametrize("size", [4, 5, 6, 8])
+def test_queens_are_asked_from_valid_placements_and_labels_are_the_first_completion(size):
+    solutions = [[int(col == p[row]) for row in range(size) for col in range(size)]
+                 for p in sorted(queens_solutions(size))]  # fmt: skip
+    assert lrpi.placements(size).tolist() == solutions
+    puzzles = lrpi.make_queens(300, size, "train", seed=2)
+    for i, (board, label) in enumerate(zip(puzzles.x.tolist(), puzzles.y.tolist(), strict=True)):
+        completions = [s for s in solutions if all(b <= a for a, b in zip(s, board, strict=True))]
+        assert 1 <= sum(board) <= size - 1 and label == completions[0]
+        for r in range(size + 1):  # row by row
+            empty = [k for k in range(size) if not any(board[k * size : k * size + size])][:r]
+            rows = [label[k * size : k * size + size] if k in empty else board[k * size : k * size + size]
+                    for k in range(size)]  # fmt: skip
+            assert puzzles.stage(torch.full((300,), r))[i].tolist() == [t for row in rows for t in row]
+    assert lrpi.queens_solved(puzzles.x, puzzles.y).all()
+    counts = torch.bincount(puzzles.x.sum(1).long())
+    assert (counts[1:] > 0).all() and len(counts) == size
+
+
+def test_queens_checker_accepts_every_completion_and_nothing_else():
+    """All boards of 4 x 4 with up to 5 queens, and 8 x 8 placements with one queen moved, added or removed."""
+    size, boards = 4, []
+    valid = {tuple(int(c == p[r]) for r in range(4) for c in range(4)) for p in queens_solutions(4)}
+    for k in range(6):
+        for cells in itertools.combinations(range(16), k):
+            boards.append(tuple(int(i in cells) for i in range(16)))
+    said = lrpi.queens_solved(torch.zeros(len(boards), 16), torch.tensor(boards)).tolist()
+    assert said == [board in valid for board in boards] and sum(said) == 2
+    valid = {tuple(int(c == p[r]) for r in range(8) for c in range(8)) for p in queens_solutions(8)}
+    every, size = lrpi.placements(8), 8
+    rng = random.Random(0)
+    for board in every.tolist():
+        near = []
+        for _ in range(20):
+            other, (a, b) = list(board), rng.sample(range(64), 2)
+            other[a], other[b] = other[b], other[a]
+            near.append(other)
+            near.append([*board[:a], 1 - board[a], *board[a + 1 :]])
+        said = lrpi.queens_solved(torch.zeros(40, 64), torch.tensor(near)).tolist()
+        assert said == [tuple(other) in valid for other in near]
+    one = torch.zeros(92, 64, dtype=torch.uint8)
+    one[:, 0] = 1  # asks for a queen in the corner
+    assert lrpi.queens_solved(one, every).tolist() == [bool(board[0]) for board in every.tolist()]
+    assert not lrpi.queens_solved(one * 0, torch.where(torch.arange(64) == 9, 2, every)).any()
+
+
+@pytest.mark.parametrize("task, size", [("sudoku", 4), ("sudoku", 9), ("nqueens", 5), ("nqueens", 8)])
+def test_splits_of_the_other_tasks_share_nothing(task, size):
+    """No solved grid of sudoku, and no board of queens in any of its 8 views, is in two splits; and the
+    puzzles depend on the seed alone."""
+    cfg, seen = lrpi.configure(task=task, size=size, blanks=8), {}
+    for split in lrpi.SPLITS:
+        for seed in (0, 1):
+            puzzles = lrpi.TASKS[task].make(cfg, 150, split, seed)
+            of = puzzles.y if task == "sudoku" else puzzles.x
+            seen.setdefault(split, set()).update(min(symmetric_views(cells, size)) for cells in of.tolist())
+            again = lrpi.TASKS[task].make(cfg, 150, split, seed)
+            assert torch.equal(puzzles.x, again.x) and torch.equal(puzzles.y, again.y)
+    for a, b in itertools.combinations(seen.values(), 2):
+        assert a and b and not a & b
+
+
+def test_exchanged_sudokus_stay_valid_and_differ():
+    for size in BOX:
+        y = lrpi.sudoku_grids(1, size, generator()).expand(200, -1)
+        other = lrpi.exchange(y, generator())
+        assert lrpi.sudoku_solved(other, other).all()
+        assert len(other.unique(dim=0)) > (30 if size == 4 else 199)
+        x = torch.where(torch.rand(y.shape, generator=generator()) < 0.5, 0, y)
+        assert ((lrpi.exchange(x, generator(1)) == 0).sum(1) == (x == 0).sum(1)).all(), "blanks stay blanks"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Model
 
 
@@ -249,7 +450,7 @@ def model_and_state(cfg, B=3, seed=0):
 def test_forward_passes_are_counted(scheme, passes):
     model = lrpi.LoopedModel(tiny(scheme=scheme))
     calls = []
-    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.nets[0][0].register_forward_hook(lambda *_: calls.append(1))
     puzzles = lrpi.make_mazes(6, 5, "test")
     assert lrpi.evaluate(model, puzzles, batch=4)["passes"] == passes
     assert model.forward_passes == len(calls) == 2 * passes  # two batches
@@ -267,8 +468,8 @@ def test_a_step_is_the_recursion_written_out(T, recall):
     e = model.tokens.weight[x.long()] * 4 + model.step_table[2]  # sqrt(16) = 4; step 3 is row 2
     for t in range(T):
         for _ in range(2):
-            z = model.blocks(e + y + z)
-        y = model.blocks(e + model.role + y + z) if recall else model.blocks(y + z)
+            z = model.nets[0](e + y + z)
+        y = model.nets[0](e + model.role + y + z) if recall else model.nets[0](y + z)
         if t < T - 1:
             y, z = y.detach(), z.detach()
     expected = torch.autograd.grad((y * weights).sum(), list(model.parameters()), allow_unused=True)
@@ -294,7 +495,7 @@ def test_the_state_is_detached_between_steps(monkeypatch):
         return forward(self, x, y, z, s)
 
     monkeypatch.setattr(lrpi.LoopedModel, "forward", spy)
-    cfg = tiny(steps=8, batch_size=2, n_sup=3)
+    cfg = tiny(examples=5, batch_size=2, n_sup=3)
     lrpi.train(cfg, lrpi.make_mazes(10, 5))
     assert [s for s, *_ in seen] == [[1, 1], [2, 2], [3, 3]] * 2 + [[1, 1], [2, 2]]
     assert all(rest == [False, False, None, None] for _, *rest in seen)
@@ -608,7 +809,7 @@ def test_bad_logits_and_labels_are_refused(u, c, y, said):
 
 @pytest.mark.parametrize("power", [0.3, 1.0, 2.0])
 def test_reveal_is_nested_monotone_and_exact_at_the_end(power):
-    puzzles, n_sup, cfg = lrpi.make_mazes(50, 11, "train"), 6, lrpi.configure(reveal_power=power)
+    puzzles, n_sup, cfg = lrpi.make_mazes(50, 11, "train"), 6, lrpi.configure(power=power)
     x, y, noise = puzzles.x, puzzles.y, torch.rand(50, 121, generator=generator())
     before, differing = x, (x != y).sum(1)
     for s in range(1, n_sup + 1):
@@ -638,7 +839,7 @@ def test_reveal_takes_cells_at_random():
     """Each of the k differing cells is among the first half equally often: 2,000 draws, 5 sigma."""
     puzzles = lrpi.make_mazes(200, 11, "train")
     i = (puzzles.x != puzzles.y).sum(1).argmax()
-    same, cfg = puzzles[i.expand(2000)], lrpi.configure(n_sup=2, reveal_power=1.0)
+    same, cfg = puzzles[i.expand(2000)], lrpi.configure(n_sup=2, power=1.0)
     noise = torch.rand(2000, 121, generator=generator())
     shown = lrpi.reveal(same, torch.ones(2000), cfg, noise) == same.y
     cells = puzzles.x[i] != puzzles.y[i]
@@ -649,7 +850,8 @@ def test_reveal_takes_cells_at_random():
 @pytest.mark.parametrize("pace", [1, 8])
 def test_edits_obey_the_lyapunov_bound(pace):
     """A.2: wrong cells fall by `pace` a step at least until none is left: in V0 / pace steps, rounded up."""
-    puzzles, cfg = lrpi.make_mazes(100, 11, "train", seed=4), lrpi.configure(pace=pace)
+    cfg = lrpi.configure(pace=pace, n_sup=130)  # so that no puzzle is finished by N_sup's being reached
+    puzzles = lrpi.make_mazes(100, 11, "train", seed=4)
     wrong = [(puzzles.draft != puzzles.y).sum(1)]
     for s in range(1, 130 // pace):
         target = lrpi.edits(puzzles, torch.full((100,), s), cfg, None)
@@ -662,6 +864,73 @@ def test_edits_obey_the_lyapunov_bound(pace):
         assert torch.equal(mixed[i], puzzles[i : i + 1].stage(torch.tensor([pace * (i % 7)]))[0]), (
             "row by row"
         )
+    late = lrpi.edits(puzzles, torch.full((100,), 2), lrpi.configure(pace=pace, n_sup=2), None)
+    assert torch.equal(late, puzzles.y), "the last target is y*, however slow the solver"
+
+
+def trajectories(puzzles, S, seed=0):
+    """Ways to y* that jump about: random tokens in fewer and fewer cells."""
+    g, V = generator(seed), puzzles.y.max().item() + 1
+    plan = torch.randint(0, V, (len(puzzles), S, puzzles.y.shape[1]), generator=g, dtype=torch.uint8)
+    right = torch.rand(plan.shape, generator=g) < torch.linspace(0, 1, S)[:, None]
+    return torch.where(right, puzzles.y[:, None], plan)
+
+
+@pytest.mark.parametrize("task, size", [("maze", 11), ("sudoku", 6), ("nqueens", 8)])
+@pytest.mark.parametrize("target", [*lrpi.TARGETS])
+def test_targets_end_in_the_label_come_closer_and_are_frozen(target, task, size):
+    """The mean Hamming distance to y* never grows, cells that are shown stay (but for `file`), and
+    the same noise gives the same targets; past N_sup the target stays y*."""
+    given = {"trajectories": "given"} if target == "file" else {}
+    cfg = lrpi.configure(task=task, size=size, target=target, power=1.0, pace=1, blanks=20, **given)
+    puzzles = lrpi.TASKS[task].make(cfg, 60, "train")
+    puzzles.plan = trajectories(puzzles, 5)
+    noise, kept = torch.rand(puzzles.x.shape, generator=generator()), puzzles.y.clone()
+    targets = [lrpi.TARGETS[target](puzzles, torch.full((60,), s), cfg, noise) for s in range(1, 10)]
+    again = [lrpi.TARGETS[target](puzzles, torch.full((60,), s), cfg, noise.clone()) for s in range(1, 10)]
+    assert all(torch.equal(a, b) for a, b in zip(targets, again, strict=True))
+    distance = [(t != puzzles.y).double().sum(1) for t in targets]
+    assert all(torch.equal(t, puzzles.y) for t in targets[5:]), "y* at step 6 = N_sup, and after it"
+    assert distance[0].mean() >= 0 and all(b.mean() <= a.mean() for a, b in itertools.pairwise(distance))
+    if target not in ("final",):
+        assert distance[0].mean() > 1, "it does not begin with y*"
+    if target != "file":
+        assert all((b <= a).all() for a, b in itertools.pairwise(distance)), "of every puzzle"
+        for a, b in itertools.pairwise(targets):
+            assert (b == kept)[a == kept].all(), "nested"
+    assert all(
+        t.shape == puzzles.y.shape and 0 <= t.min() <= t.max() < len(lrpi.legend(cfg)) for t in targets
+    )
+
+
+def test_mask_and_replace_corrupt_at_the_rate_of_the_schedule():
+    """Rate beta_s = 1 - s / 6 with power 1; 5 sigma. Masked cells carry the token of their own, replaced ones
+    any token equally often."""
+    N, s = 3000, 2
+    puzzles = lrpi.make_queens(N)
+    noise = torch.rand(N, 64, generator=generator())
+    cfg = lrpi.configure(task="nqueens", target="mask", power=1.0)
+    assert list(lrpi.legend(cfg)) == ["empty", "queen", "masked"]
+    masked = lrpi.mask(puzzles, torch.full((N,), s), cfg, noise) == 2
+    sigma = math.sqrt(2 / 9 / (64 * N))
+    assert abs(masked.double().mean().item() - 2 / 3) < 5 * sigma
+    cfg = lrpi.configure(task="nqueens", target="replace", power=1.0)
+    replaced = lrpi.replace_at_random(puzzles, torch.full((N,), s), cfg, noise)
+    assert (replaced == puzzles.y)[~masked].all(), "the same cells are hit"
+    drawn = replaced[masked].double()
+    assert abs(drawn.mean().item() - 1 / 2) < 5 * math.sqrt(1 / 4 / len(drawn))
+    assert abs(drawn[puzzles.y[masked] == 1].mean().item() - 1 / 2) < 5 * math.sqrt(4 / len(drawn))
+
+
+@pytest.mark.parametrize("S", [1, 3, 6, 11])
+def test_a_trajectory_of_any_length_is_spread_over_the_steps(S):
+    puzzles = lrpi.make_mazes(4, 5)
+    puzzles.plan = trajectories(puzzles, S)
+    cfg = tiny(target="file", trajectories="given")
+    for s in range(1, 9):
+        k = min(S, math.ceil(s * S / 6)) - 1
+        target = lrpi.TARGETS["file"](puzzles, torch.full((4,), s), cfg, None)
+        assert torch.equal(target, puzzles.plan[:, k])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -671,7 +940,7 @@ def test_edits_obey_the_lyapunov_bound(pace):
 def record(into):
     """A `watch` that keeps every loss and stops nothing."""
 
-    def watch(step, loss, model):
+    def watch(at, loss, model):
         into.extend([] if loss is None else [loss.item()])
         return ""
 
@@ -680,7 +949,7 @@ def record(into):
 
 def test_learns_7x7_mazes():
     """From scratch in half a minute: an untrained model solves none of these mazes, this one most of them."""
-    cfg, losses = lrpi.configure(size=7, steps=1500), []
+    cfg, losses = lrpi.configure(size=7, examples=3000), []
     model, facts = lrpi.train(cfg, lrpi.make_mazes(3000, 7), record(losses))
     curves = lrpi.evaluate(model, lrpi.make_mazes(300, 7, "test"))
     assert facts["steps_done"] == len(losses) == 1500 and facts["examples_seen"] == 1500 * 12 // 6
@@ -693,15 +962,15 @@ def test_learns_7x7_mazes():
 def test_other_mixers_learn(mixer):
     """They learn mazes slowly; here, that the loss on 5 x 5 mazes falls by a third at least."""
     losses = []
-    lrpi.train(lrpi.configure(size=5, mixer=mixer, steps=150), lrpi.make_mazes(300, 5), record(losses))
+    lrpi.train(lrpi.configure(size=5, mixer=mixer, examples=300), lrpi.make_mazes(300, 5), record(losses))
     assert sum(losses[-24:]) < 0.67 * sum(losses[:24])
 
 
 def test_same_seed_same_weights():
-    cfg, data = tiny(steps=12), lrpi.make_mazes(30, 5)
+    cfg, data = tiny(examples=24), lrpi.make_mazes(30, 5)
     a, b = (lrpi.train(cfg, data)[0].state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    c = lrpi.train(tiny(steps=12, seed=1), data)[0].state_dict()
+    c = lrpi.train(tiny(examples=24, seed=1), data)[0].state_dict()
     assert not torch.equal(a["tokens.weight"], c["tokens.weight"])
 
 
@@ -711,7 +980,7 @@ def test_training_without_halting_equals_nested_loops(target, monkeypatch):
 
     Weights move by about 0.1 here; atol is 1e-3, as Muon works in bfloat16 and magnifies the last bits.
     """
-    given = {"steps": 9, "n_sup": 3, "batch_size": 4, "target": target, "warmup": 2, "ema": 0.0}
+    given = {"examples": 12, "n_sup": 3, "batch_size": 4, "target": target, "warmup": 2, "ema": 0.0}
     cfg = tiny(**given, noise=0.0, pace=2, step_index=True)
     data, phi, noises = lrpi.make_mazes(40, 5), lrpi.TARGETS[target], []
 
@@ -727,7 +996,7 @@ def test_training_without_halting_equals_nested_loops(target, monkeypatch):
 
     torch.manual_seed(cfg.seed)
     model = lrpi.LoopedModel(cfg)
-    matrices = [p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2]
+    matrices = [p for name, p in model.named_parameters() if "nets" in name and p.ndim == 2]
     names = {n for n, p in model.named_parameters() for m in matrices if p is m}
     others = [p for n, p in model.named_parameters() if n not in names]
     optimizers = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0),
@@ -744,10 +1013,10 @@ def test_training_without_halting_equals_nested_loops(target, monkeypatch):
                 for b in range(4):
                     differing = [cell for cell in range(25) if x[b, cell] != label[b, cell]]
                     differing.sort(key=lambda cell, b=b: noises[3 * batch][b, cell].item())
-                    hidden = differing[math.ceil(len(differing) * (s / 3) ** cfg.reveal_power - 1e-5) :]
+                    hidden = differing[math.ceil(len(differing) * (s / 3) ** cfg.power - 1e-5) :]
                     label[b, hidden] = x[b, hidden]
             if target == "edits":
-                late = data.order[rows] > 2 * s
+                late = data.order[rows] > (2 * s if s < 3 else 10**4)
                 label[late] = data.draft[rows][late]
             loss = F.cross_entropy(model.readout(y).transpose(1, 2), label.long())
             for optimizer in optimizers:
@@ -762,23 +1031,121 @@ def test_training_without_halting_equals_nested_loops(target, monkeypatch):
         assert torch.allclose(got[name], weight, atol=1e-3), name
 
 
+@pytest.mark.parametrize("given", [{}, {"linear": True}, {"awr": 0.7}, {"hinge": 1.5},
+                                   {"linear": True, "awr": 2.0, "hinge": 0.1}])  # fmt: skip
+def test_the_loss_of_a_step_against_plain_loops(given):
+    """Its value cell by cell in float64, and its gradient by central differences; atol 1e-6."""
+    cfg = tiny(n_sup=5, **given)
+    u, c, y = two_logits()
+    s = torch.tensor([1, 2, 5, 7])
+
+    def by_hand(c, held):  # weights see the logits `held` after the step, which carry no gradient
+        total = 0.0
+        for b in range(4):
+            for cell in range(5):
+                label = y[b, cell].item()
+                A = held[b, cell].log_softmax(-1) - u[b, cell].log_softmax(-1)
+                loss = -c[b, cell].log_softmax(-1)[label].item()
+                loss *= min(20, math.exp(A[label].item() / cfg.awr)) if cfg.awr else 1
+                now = c[b, cell].log_softmax(-1) - u[b, cell].log_softmax(-1)
+                lack = (c[b, cell].softmax(-1) * now).sum() - now[label]
+                loss += cfg.hinge * max(0.0, lack.item())
+                total += loss * (s[b].item() / 3 if cfg.linear else 1) / 20  # 3 is the mean of 1 .. 5
+        return total
+
+    c.requires_grad_()
+    loss = lrpi.step_loss(u, c, y.to(torch.uint8), s, cfg)
+    held = c.detach()
+    assert abs(loss.item() - by_hand(held, held)) < 1e-6
+    gradient = torch.autograd.grad(loss, c)[0].flatten()
+    for i in range(0, held.numel(), 7):
+        nudge = torch.zeros(held.numel(), dtype=torch.float64)
+        nudge[i] = 1e-5
+        nudge = nudge.view_as(held)
+        slope = (by_hand(held + nudge, held) - by_hand(held - nudge, held)) / 2e-5
+        assert abs(gradient[i].item() - slope) < 1e-6
+
+
+def test_schemes_start_from_the_same_weights_and_see_the_same_puzzles(monkeypatch):
+    """The weights that two schemes share are equal at first, and so is the order of the puzzles."""
+    data, seen, first = lrpi.make_mazes(30, 5), {}, {}
+    arms = {name: {"scheme": name} for name in lrpi.SCHEMES} | {"index": {"step_index": True}}
+    for name, given in arms.items():
+        cfg, seen[name] = tiny(examples=12, n=2, **given), []
+        advance = lrpi.Episodes.advance
+
+        def spy(self, rows=seen[name], advance=advance):
+            puzzles = advance(self)
+            rows.append(self.row.clone())
+            return puzzles
+
+        def watch(at, loss, model, name=name):
+            first.setdefault(name, {k: v.clone() for k, v in model.state_dict().items()})
+            return ""
+
+        monkeypatch.setattr(lrpi.Episodes, "advance", spy)
+        lrpi.train(cfg, data, watch)
+        monkeypatch.setattr(lrpi.Episodes, "advance", advance)
+    for name, weights in first.items():
+        assert torch.equal(seen[name][0], seen["dis"][0])
+        for k, v in weights.items():
+            net = "nets.0" + k[6:] if k.startswith("nets.") else k  # untied nets begin as copies of the first
+            assert net not in first["dis"] or torch.equal(v, first["dis"][net]), (name, k)
+
+
+def test_one_pass_has_weights_of_its_own_for_every_pass():
+    """18 blocks, each used once; their recursion written out; atol 1e-6."""
+    cfg = tiny(scheme="one-pass")
+    model, x, y, z, s = model_and_state(cfg)
+    assert len(model.nets) == 18
+    got = model(x, y, z, s)[0]
+    e = model.tokens.weight[x.long()] * 4
+    for k in range(17):
+        z = model.nets[k](e + y + z)
+    assert torch.allclose(got, model.nets[17](e + model.role + y + z), atol=1e-6)
+    assert torch.equal(model(x, y, z, s)[0], model(x, y, z, s)[0]), "the next rollout begins with the first"
+
+
+def test_feedback_shows_the_last_answer_instead_of_the_puzzle():
+    model, x, y, z, s = model_and_state(tiny(feedback=True))
+    plain = lrpi.LoopedModel(tiny())
+    plain.load_state_dict(model.state_dict())
+    last = model.readout(y).argmax(-1)
+    assert torch.equal(model(x, y, z, s)[0], plain(x, y, z, s)[0])
+    assert torch.equal(model(x, y, z, s + 1)[0], plain(last, y, z, s + 1)[0])
+    assert not torch.allclose(model(x, y, z, s)[0], model(x, y, z, s + 1)[0])
+
+
+def test_a_budget_of_seconds_ends_training():
+    """The clock is that of the training steps, without what `watch` does; and the rate falls with it."""
+    cfg, rates = tiny(budget_seconds=0.5, examples=1), []
+
+    def watch(at, loss, model):
+        rates.append(at.share)
+        return ""
+
+    _, facts = lrpi.train(cfg, lrpi.make_mazes(50, 5), watch)
+    assert 0.5 <= facts["train_seconds"] < 5 and facts["examples_seen"] > 1
+    assert rates == sorted(rates) and rates[-2] < 1 <= rates[-1]
+
+
 def test_averaged_weights_follow_the_decay():
     data, trail = lrpi.make_mazes(30, 5), []
 
-    def watch(step, loss, model):
+    def watch(at, loss, model):
         trail.append(model.tokens.weight.detach().clone())
         return ""
 
-    lrpi.train(tiny(steps=5, ema=0.0), data, watch)
+    lrpi.train(tiny(examples=10, ema=0.0), data, watch)
     expected = trail[1]  # trail[0] is before the first step
     for weight in trail[2:]:
         expected = 0.7 * expected + 0.3 * weight
-    averaged = lrpi.train(tiny(steps=5, ema=0.7), data)[0].tokens.weight
+    averaged = lrpi.train(tiny(examples=10, ema=0.7), data)[0].tokens.weight
     assert len(trail) == 6 and torch.allclose(averaged, expected, atol=1e-6)
 
 
 def test_puzzles_that_are_done_leave_and_all_others_stay():
-    cfg, data = tiny(steps=50, batch_size=3, act=True), lrpi.make_mazes(7, 5)
+    cfg, data = tiny(batch_size=3, act=True), lrpi.make_mazes(7, 5)
     batch = lrpi.Episodes(cfg, data, lrpi.LoopedModel(cfg))
     waiting, held, steps, rng = 20 * batch.line.tolist(), [None] * 3, [0] * 3, random.Random(0)
     assert sorted(waiting[:7]) == list(range(7)), "every puzzle is seen once before any is seen twice"
@@ -825,7 +1192,7 @@ def test_halting_head_loss_and_who_may_go():
 
 def test_puzzles_leave_when_the_halting_head_says_so(monkeypatch):
     """With a head that always says "solved", all but one in ten puzzles are replaced after one step."""
-    cfg = tiny(scheme="trm", T=1, n=1, steps=60, batch_size=20, lr=1e-5, ema=0.0)
+    cfg = tiny(scheme="trm", T=1, n=1, examples=800, batch_size=20, lr=1e-5, ema=0.0)
     init, starts = lrpi.LoopedModel.__init__, []
 
     def confident(self, cfg):
@@ -835,16 +1202,17 @@ def test_puzzles_leave_when_the_halting_head_says_so(monkeypatch):
 
     monkeypatch.setattr(lrpi.LoopedModel, "__init__", confident)
     model, facts = lrpi.train(cfg, lrpi.make_mazes(200, 5))
-    assert 0.4 * 60 * 20 < facts["examples_seen"] < 0.95 * 60 * 20
+    rows = 20 * facts["steps_done"]
+    assert 800 <= facts["examples_seen"] < 840 and 0.4 * rows < facts["examples_seen"] < 0.95 * rows
     assert not torch.equal(model.halting.weight, starts[0]), "its loss reaches the head"
 
 
-def watched(steps, interrupts=(), after=lambda step, model: None):
-    watch = lrpi.Watch(steps, lrpi.make_mazes(5, 5, "valid"), interrupts)
+def watched(interrupts=(), after=lambda step, model: None):
+    watch = lrpi.Watch(lrpi.make_mazes(5, 5, "valid"), interrupts)
 
-    def both(step, loss, model):
-        said = watch(step, loss, model)
-        after(step, model)
+    def both(at, loss, model):
+        said = watch(at, loss, model)
+        after(at.steps_done, model)
         return said
 
     return both
@@ -859,22 +1227,22 @@ def test_a_lost_loss_stops_training_with_weights_that_worked():
         if step == 20:
             model.tokens.weight.data.fill_(math.inf)
 
-    cfg = tiny(steps=400, warmup=0, ema=0.0)
-    model, facts = lrpi.train(cfg, lrpi.make_mazes(30, 5), watched(400, after=spoil))
+    cfg = tiny(examples=800, warmup=0, ema=0.0)
+    model, facts = lrpi.train(cfg, lrpi.make_mazes(30, 5), watched(after=spoil))
     assert facts["stopped"] == "the loss is no longer finite at step 21, kept is step 18"
     assert facts["steps_done"] == 22
     assert all(torch.equal(v, seen[18][k]) for k, v in model.state_dict().items())
 
 
 def test_an_update_that_no_loss_has_proven_is_not_kept_if_it_is_not_finite():
-    watch = watched(10)
+    watch = watched()
 
-    def spoil_last(step, loss, model):
-        if step == 10:
+    def spoil_last(at, loss, model):
+        if at.steps_done == 10:
             model.tokens.weight.data.fill_(math.nan)
-        return watch(step, loss, model)
+        return watch(at, loss, model)
 
-    model, facts = lrpi.train(tiny(steps=10, ema=0.0), lrpi.make_mazes(30, 5), spoil_last)
+    model, facts = lrpi.train(tiny(examples=20, ema=0.0), lrpi.make_mazes(30, 5), spoil_last)
     assert facts["stopped"] == "the loss is no longer finite at step 11, kept is step 8"
     assert all(v.isfinite().all() for v in model.state_dict().values())
 
@@ -886,9 +1254,9 @@ def test_an_interrupt_ends_training_in_order():
         if step == 3:
             interrupts.append(True)
 
-    _, facts = lrpi.train(tiny(steps=50), lrpi.make_mazes(30, 5), watched(50, interrupts, after))
+    _, facts = lrpi.train(tiny(examples=100), lrpi.make_mazes(30, 5), watched(interrupts, after))
     assert facts["steps_done"] == 4 and facts["stopped"] == "interrupted"
-    _, facts = lrpi.train(tiny(steps=50), lrpi.make_mazes(30, 5), watched(50, [True]))
+    _, facts = lrpi.train(tiny(examples=100), lrpi.make_mazes(30, 5), watched([True]))
     assert facts["steps_done"] == 0 and facts["stopped"] == "interrupted"
 
 
@@ -1052,7 +1420,7 @@ def test_halting_gives_the_answers_of_the_plain_rollout_at_the_halting_step(rule
     plain = list(lrpi.rollout(model, puzzles.x))
     scores = torch.stack([lrpi.HALTS[rule](model, step) for step in plain], 1)  # [80, 9]
     threshold = scores.quantile(0.3).item()
-    model.blocks[0].register_forward_hook(lambda block, args, out: sizes.append(len(out)))
+    model.nets[0][0].register_forward_hook(lambda block, args, out: sizes.append(len(out)))
     answers, taken = lrpi.answer(model, puzzles.x, stop=lrpi.stopping(rule, threshold), batch=50)
     for i in range(80):
         below = [s for s in range(9) if scores[i, s] <= threshold] or [8]
@@ -1111,8 +1479,8 @@ def test_a_model_of_another_size_computes_the_same():
     )
     h = torch.zeros(1, 9, 9, 16)
     h[:, 2:7, 2:7] = torch.randn(1, 5, 5, 16)
-    inner = larger.blocks[0].mix(h.flatten(1, 2)).unflatten(1, (9, 9))[:, 2:7, 2:7]
-    assert torch.allclose(inner.flatten(1, 2), model.blocks[0].mix(h[:, 2:7, 2:7].flatten(1, 2)), atol=1e-5)
+    inner = larger.nets[0][0].mix(h.flatten(1, 2)).unflatten(1, (9, 9))[:, 2:7, 2:7]
+    assert torch.allclose(inner.flatten(1, 2), model.nets[0][0].mix(h[:, 2:7, 2:7].flatten(1, 2)), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1130,8 +1498,8 @@ def cli(*args, cwd=HERE, env=(), timeout=180):
 QUICK = [
     "--size",
     "5",
-    "--steps",
-    "60",
+    "--examples",
+    "120",
     "--train-size",
     "200",
     "--test-size",
@@ -1167,7 +1535,9 @@ def test_the_command_writes_everything(trained):
     metrics = json.loads((out / "metrics.json").read_text())
     facts = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 18, "device": metrics["device"]}
     assert facts.items() <= metrics.items() and metrics["torch"] == torch.__version__
-    assert metrics["examples_seen"] == 120 and metrics["config"]["steps"] == 60 and metrics["stopped"] == ""
+    assert (
+        metrics["examples_seen"] == 120 and metrics["config"]["examples"] == 120 and metrics["stopped"] == ""
+    )
     model = lrpi.load_checkpoint(str(out / "model.pt"))[0]
     assert metrics["params"] == sum(p.numel() for p in model.parameters())
     assert 0 < metrics["train_seconds"] < metrics["total_seconds"]
@@ -1253,7 +1623,7 @@ def test_eval_can_halt_think_longer_and_change_the_size(trained, tmp_path, capsy
     assert halted["exact"] == lrpi.maze_solved(test.x, answers).double().mean()
     for args, said in (
         (["--halt", "head"], "--act"),
-        (["--size", "8"], "odd number"),
+        (["--size", "8"], "one of 5, 7, 9"),
         (["--think", "-2"], "from 0"),
     ):
         assert lrpi.main([*checkpoint, *args]) == 2
@@ -1264,7 +1634,7 @@ def test_eval_can_halt_think_longer_and_change_the_size(trained, tmp_path, capsy
 
 
 def test_what_is_made_for_one_size_keeps_it(tmp_path, capsys):
-    args = [*QUICK, "--steps", "5", "--no-figures", "--out", str(tmp_path)]
+    args = [*QUICK, "--examples", "10", "--no-figures", "--out", str(tmp_path)]
     assert lrpi.main([*args, "--mixer", "mlp", "--act", "--halt", "head"]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics["thinking"]) == ["5"] and list(metrics["halting"]) == ["none", "kl", "change", "head"]
@@ -1289,7 +1659,7 @@ def test_eval_does_not_inherit_where_training_wrote(tmp_path, capsys):
     ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
 ])  # fmt: skip
 def test_every_kind_of_model_trains(given, tmp_path, capsys):
-    small = ["--steps", "5", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
+    small = ["--examples", "10", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
     assert lrpi.main([*small, *given, "--no-figures", "--out", str(tmp_path)]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     cfg = metrics["config"]
@@ -1302,12 +1672,12 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--scheme", "magic"], ["--scheme", "magic", "dis", "trm-medium"]),
     (["--target", "none"], ["--target", "none", "reveal"]),
     (["--mixer", "fft"], ["--mixer", "fft", "attention"]),
-    (["--size", "12"], ["--size", "12", "odd", "5", "61"]),
-    (["--size", "3"], ["--size", "3", "5", "61"]),
+    (["--size", "12"], ["--size", "12", "5, 7, 9, .., 61"]),
+    (["--size", "3"], ["--size", "3", "from 4 to 61"]),
     (["--size", "63"], ["--size", "63", "61"]),
-    (["--size", "big"], ["--size", "big", "odd"]),
-    (["--steps", "0"], ["--steps", "0", "from 1"]),
-    (["--steps", "1.5"], ["--steps", "1.5", "whole"]),
+    (["--size", "big"], ["--size", "big", "whole number"]),
+    (["--examples", "0"], ["--examples", "0", "from 1"]),
+    (["--examples", "1.5"], ["--examples", "1.5", "whole"]),
     (["--batch-size", "-4"], ["--batch-size", "-4", "from 1"]),
     (["--train-size", "0"], ["--train-size", "0", "from 1"]),
     (["--test-size", "0"], ["--test-size", "0", "from 1"]),
@@ -1340,7 +1710,9 @@ def test_bad_input_gets_one_clear_line(args, named, capsys, tmp_path, monkeypatc
 
 def test_bad_input_as_a_process():
     done = cli("--size", "10")
-    assert done.returncode == 2 and done.stderr == "lrpi: --size 10: must be an odd number from 5 to 61\n"
+    assert (
+        done.returncode == 2 and done.stderr == "lrpi: --size 10: for maze must be one of 5, 7, 9, .., 61\n"
+    )
     assert done.stdout == ""
 
 
@@ -1394,7 +1766,7 @@ def test_a_checkpoint_of_another_size_or_scheme(trained, capsys):
     for args, named in (
         (["--width", "11"], "11 16"),
         (["--scheme", "trm"], "trm dis"),
-        (["--steps", "9"], "9 60"),
+        (["--examples", "9"], "9 120"),
     ):
         assert lrpi.main(["--eval", checkpoint, *args]) == 2
         error = capsys.readouterr().err
@@ -1424,8 +1796,8 @@ def test_an_unfinished_file_replaces_nothing(tmp_path):
 def test_a_diverging_run_exits_with_2_and_keeps_a_good_model(tmp_path, capsys):
     args = [
         *QUICK,
-        "--steps",
-        "400",
+        "--examples",
+        "800",
         "--lr",
         "1e30",
         "--muon-lr",
@@ -1442,7 +1814,7 @@ def test_a_diverging_run_exits_with_2_and_keeps_a_good_model(tmp_path, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT as a terminal does")
 def test_ctrl_c_saves_evaluates_and_exits_130(tmp_path):
-    args = [*QUICK, "--steps", "20000", "--train-size", "1000", "--out", str(tmp_path)]
+    args = [*QUICK, "--examples", "40000", "--train-size", "1000", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, str(HERE / "lrpi.py"), *args], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     while "held-out solved" not in process.stdout.readline():  # after a tenth of the steps
@@ -1484,7 +1856,7 @@ def test_every_option_is_a_flag_with_meaning_and_range():
         "scheme",
         "size",
         "seed",
-        "steps",
+        "examples",
         "batch-size",
         "device",
         "out",
@@ -1494,12 +1866,12 @@ def test_every_option_is_a_flag_with_meaning_and_range():
     ):
         assert f" --{flag} VALUE " in text
     for said in (
-        "an odd number from 5 to 61",
-        "one of dis, trm, trm-medium",
+        "an odd number from 1 to 31",
+        "one of dis, final, one-pass, trm, trm-medium",
         "one of auto, cuda, mps, cpu",
         "--recall, --no-recall",
         "--halt [VALUE]",
-        "a whole number from 1 to 1000 [6, trm: 16, trm-medium: 16]",
+        "a whole number from 1 to 1000 [6, one-pass: 1, trm: 16, trm-medium: 16]",
     ):
         assert said in text
     for f in lrpi.fields(lrpi.Config):
