@@ -1284,8 +1284,7 @@ def solve_sudokus(x: torch.Tensor, y: torch.Tensor) -> Puzzles:
         r += 1
         order[new != now] = r
         now = new
-    order[now == 0] = r + 1
-    return Puzzles(x, y, x, order)
+    return Puzzles(x, y, x, torch.where(now == 0, order.amax(1, keepdim=True) + 1, order))
 
 
 def make_sudokus(count: int, size: int = 9, blanks: int = 40, split: str = "train", seed: int = 0) -> Puzzles:

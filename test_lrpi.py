@@ -88,7 +88,7 @@ def test_mazes_are_perfect_and_labels_are_their_unique_shortest_path(size, count
 
 def test_stages_are_rounds_of_dead_end_filling_and_end_in_the_label():
     puzzles = lrpi.make_mazes(20, 11, "train", seed=1)
-    rounds = puzzles.order.max().item()
+    rounds, stuck = puzzles.order.max().item(), 0
     stages = [puzzles.stage(torch.full((20,), r)) for r in range(rounds + 2)]
     for i, maze in enumerate(puzzles.x.tolist()):
         answer = [PATH if token == OPEN else token for token in maze]
@@ -292,16 +292,16 @@ def test_other_solutions_are_found_wherever_there_are_any():
     assert 20 < sum(several) < 120
 
 
-@pytest.mark.parametrize("size, blanks", [(6, 24), (9, 50)])
+@pytest.mark.parametrize("size, blanks", [(6, 24), (9, 54)])
 def test_sudoku_stages_are_rounds_of_naked_and_hidden_singles(size, blanks):
-    puzzles, peers, (height, width) = lrpi.make_sudokus(10, size, blanks), sudoku_peers(size), BOX[size]
+    puzzles, peers, (height, width) = lrpi.make_sudokus(30, size, blanks), sudoku_peers(size), BOX[size]
     cells = range(size**2)
     rows = [[i for i in cells if i // size == k] for k in range(size)]
     cols = [[i for i in cells if i % size == k] for k in range(size)]
     wide = size // width
     boxes = [[i for i in cells if (i // size // height, i % size // width) == divmod(k, wide)]
              for k in range(size)]  # fmt: skip
-    rounds = puzzles.order.max().item()
+    rounds, stuck = puzzles.order.max().item(), 0
     for i, (puzzle, label) in enumerate(zip(puzzles.x.tolist(), puzzles.y.tolist(), strict=True)):
         board = list(puzzle)
         for r in range(1, rounds + 2):
@@ -314,11 +314,12 @@ def test_sudoku_stages_are_rounds_of_naked_and_hidden_singles(size, blanks):
                     if len(places) == 1:
                         new[places[0]] = d
             if not new:  # propagation is stuck, or done: all else comes at once
-                new = {c: label[c] for c in free}
+                new, stuck = {c: label[c] for c in free}, stuck + len(free)
             for c, d in new.items():
                 board[c] = d
-            assert puzzles.stage(torch.full((10,), r))[i].tolist() == board
-    assert torch.equal(puzzles.stage(torch.full((10,), rounds)), puzzles.y) and rounds > 2
+            assert puzzles.stage(torch.full((30,), r))[i].tolist() == board
+    assert torch.equal(puzzles.stage(torch.full((30,), rounds)), puzzles.y)
+    assert rounds > 1 and (size < 9 or stuck), "both branches were taken"
 
 
 def test_sudoku_checker_rejects_near_misses():
@@ -366,12 +367,12 @@ def test_queens_are_asked_from_valid_placements_and_labels_are_the_first_complet
             assert puzzles.stage(torch.full((300,), r))[i].tolist() == [t for row in rows for t in row]
     assert lrpi.queens_solved(puzzles.x, puzzles.y).all()
     counts = torch.bincount(puzzles.x.sum(1).long())
-    assert (counts[1:] > 0).all() and len(counts) == size
+    assert len(counts) <= size and (size < 8 or (counts[1:] > 0).all()), "small boards of a split are few"
 
 
 def test_queens_checker_accepts_every_completion_and_nothing_else():
     """All boards of 4 x 4 with up to 5 queens, and 8 x 8 placements with one queen moved, added or removed."""
-    size, boards = 4, []
+    boards = []
     valid = {tuple(int(c == p[r]) for r in range(4) for c in range(4)) for p in queens_solutions(4)}
     for k in range(6):
         for cells in itertools.combinations(range(16), k):
@@ -379,7 +380,7 @@ def test_queens_checker_accepts_every_completion_and_nothing_else():
     said = lrpi.queens_solved(torch.zeros(len(boards), 16), torch.tensor(boards)).tolist()
     assert said == [board in valid for board in boards] and sum(said) == 2
     valid = {tuple(int(c == p[r]) for r in range(8) for c in range(8)) for p in queens_solutions(8)}
-    every, size = lrpi.placements(8), 8
+    every = lrpi.placements(8)
     rng = random.Random(0)
     for board in every.tolist():
         near = []
@@ -403,10 +404,10 @@ def test_splits_of_the_other_tasks_share_nothing(task, size):
     cfg, seen = lrpi.configure(task=task, size=size, blanks=8), {}
     for split in lrpi.SPLITS:
         for seed in (0, 1):
-            puzzles = lrpi.TASKS[task].make(cfg, 150, split, seed)
+            puzzles = lrpi.TASKS[task].make(cfg, 60, split, seed)
             of = puzzles.y if task == "sudoku" else puzzles.x
             seen.setdefault(split, set()).update(min(symmetric_views(cells, size)) for cells in of.tolist())
-            again = lrpi.TASKS[task].make(cfg, 150, split, seed)
+            again = lrpi.TASKS[task].make(cfg, 60, split, seed)
             assert torch.equal(puzzles.x, again.x) and torch.equal(puzzles.y, again.y)
     for a, b in itertools.combinations(seen.values(), 2):
         assert a and b and not a & b
