@@ -294,7 +294,7 @@ def test_other_solutions_are_found_wherever_there_are_any():
 
 @pytest.mark.parametrize("size, blanks", [(6, 24), (9, 54)])
 def test_sudoku_stages_are_rounds_of_naked_and_hidden_singles(size, blanks):
-    puzzles, peers, (height, width) = lrpi.make_sudokus(30, size, blanks), sudoku_peers(size), BOX[size]
+    puzzles, peers, (height, width) = lrpi.make_sudokus(80, size, blanks), sudoku_peers(size), BOX[size]
     cells = range(size**2)
     rows = [[i for i in cells if i // size == k] for k in range(size)]
     cols = [[i for i in cells if i % size == k] for k in range(size)]
@@ -317,8 +317,8 @@ def test_sudoku_stages_are_rounds_of_naked_and_hidden_singles(size, blanks):
                 new, stuck = {c: label[c] for c in free}, stuck + len(free)
             for c, d in new.items():
                 board[c] = d
-            assert puzzles.stage(torch.full((30,), r))[i].tolist() == board
-    assert torch.equal(puzzles.stage(torch.full((30,), rounds)), puzzles.y)
+            assert puzzles.stage(torch.full((80,), r))[i].tolist() == board
+    assert torch.equal(puzzles.stage(torch.full((80,), rounds)), puzzles.y)
     assert rounds > 1 and (size < 9 or stuck), "both branches were taken"
 
 
