@@ -107,7 +107,7 @@ class Config:
     task: str = option("maze", "what to solve", choices=lambda: TASKS)
     scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
     size: int = option(11, "side of the grid in cells; of a maze, every second one is a room", 4, 61)
-    blanks: int = option(40, "sudoku: empty cells at most; two thirds of all at most", 1, 54)
+    blanks: int = option(0, "sudoku: empty cells at most, up to 2/3 of all; 0: half of all", 0, 54)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
@@ -174,7 +174,7 @@ class Config:
             few = sizes if len(sizes) < 8 else [*sizes[:3], "..", sizes[-1]]
             raise UserError(f"--size {self.size}: for {self.task} must be one of {', '.join(map(str, few))}")
         if self.task == "sudoku" and self.blanks > (most := 2 * self.size**2 // 3):
-            raise UserError(f"--blanks {self.blanks}: for --size {self.size} must be from 1 to {most}")
+            raise UserError(f"--blanks {self.blanks}: for --size {self.size} must be from 0 to {most}")
         if (self.target == "file") != bool(self.trajectories):
             raise UserError("--trajectories FILE and --target file: must be given together")
         if self.halt == "head" and not self.act:
@@ -1355,7 +1355,7 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 TASKS["sudoku"] = Task(
-    lambda cfg, count, split, seed=0: make_sudokus(count, cfg.size, cfg.blanks, split, seed),
+    lambda cfg, count, split, seed=0: make_sudokus(count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed),
     sudoku_solved,
     lambda size: {"blank": "#ffffff", **{str(d): "#f4f1ea" for d in range(1, size + 1)}},
     tuple(BOXES),
@@ -1942,6 +1942,9 @@ COMPARE_HELP = (
 )
 
 
+SAME = ("task", "size", "blanks", "seed", *RUN_OPTIONS)  # for all that --compare compares
+
+
 def parse_arms(text: str, given: dict) -> dict:
     """What --compare is to compare: {"dis+noise=0": its `Config`, ..}, the options `given` being for all."""
     arms = {}
@@ -1949,6 +1952,9 @@ def parse_arms(text: str, given: dict) -> dict:
         scheme, *changes = name.split("+")
         try:
             own = parse([f"--scheme={scheme}", *(f"--{change}" for change in changes)])
+            same = [flag(k) for k in own if k in SAME or own[k] and k not in Config.__annotations__]
+            if same:
+                raise UserError(f"{', '.join(same)}: must be the same for all, and stand outside of the list")
             arms[name] = configure(**given | {k: v for k, v in own.items() if k in Config.__annotations__})
         except UserError as e:
             raise UserError(f"--compare {name}: {e}") from e

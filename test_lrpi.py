@@ -5,17 +5,20 @@
 What is checked is computed a second time in this file, by other means; tolerances stand where they are used.
 """
 
+import csv
 import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1496,20 +1499,7 @@ def cli(*args, cwd=HERE, env=(), timeout=180):
     )
 
 
-QUICK = [
-    "--size",
-    "5",
-    "--examples",
-    "120",
-    "--train-size",
-    "200",
-    "--test-size",
-    "40",
-    "--width",
-    "16",
-    "--ffn",
-    "32",
-]
+QUICK = "--size 5 --examples 120 --train-size 200 --test-size 40 --width 16 --ffn 32".split()
 
 
 @pytest.fixture(scope="module")
@@ -1658,6 +1648,10 @@ def test_eval_does_not_inherit_where_training_wrote(tmp_path, capsys):
     ["--mixer", "attention"], ["--mixer", "mlp"], ["--target", "final", "--no-recall"],
     ["--target", "reveal", "--step-index", "--noise", "0"],
     ["--layers", "2", "--ffn", "0", "--T", "2", "--n", "1", "--ema", "0.9"],
+    ["--target", "mask", "--feedback"], ["--target", "replace", "--power", "1", "--linear"],
+    ["--hinge", "1", "--awr", "1"], ["--scheme", "one-pass"], ["--scheme", "final", "--budget-seconds", "0.5"],
+    ["--task", "sudoku"], ["--task", "sudoku", "--size", "6", "--mixer", "conv", "--scheme", "trm-medium"],
+    ["--task", "nqueens"], ["--task", "nqueens", "--size", "6", "--target", "mask", "--scheme", "one-pass"],
 ])  # fmt: skip
 def test_every_kind_of_model_trains(given, tmp_path, capsys):
     small = ["--examples", "10", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
@@ -1699,7 +1693,29 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--out", "/dev/null/x"], ["--out", "/dev/null/x", "folder"]),
     (["--speed", "9"], ["--speed"]),
     (["--size"], ["--size", "argument"]),
-        (["--eval", ""], ["--eval", "no such file"]),
+    (["--eval", ""], ["--eval", "no such file"]),
+    (["--task", "sudoku", "--size", "8"], ["--size 8", "for sudoku", "4, 6, 9"]),
+    (["--task", "nqueens", "--size", "11"], ["--size 11", "for nqueens", "4, 5, 6, 7, 8, 9, 10"]),
+    (["--blanks", "-1"], ["--blanks", "-1", "from 0 to 54"]),
+    (["--blanks", "55"], ["--blanks", "55", "from 0 to 54"]),
+    (["--task", "sudoku", "--size", "4", "--blanks", "11"], ["--blanks 11", "--size 4", "from 0 to 10"]),
+    (["--budget-seconds", "0"], ["--budget-seconds 0", "more"]),
+    (["--budget-seconds", "-1"], ["--budget-seconds", "-1", "from 0"]),
+    (["--target", "file"], ["--target file", "--trajectories"]),
+    (["--trajectories", "a.npz"], ["--target file", "--trajectories"]),
+    (["--hinge", "-1"], ["--hinge", "-1", "from 0"]),
+    (["--seeds", "2"], ["--seeds 2", "--compare"]),
+    (["--compare", "dis", "--seeds", "0"], ["--seeds 0", "from 1 to 1000"]),
+    (["--compare", "dis", "--seeds", "two"], ["--seeds two", "whole number"]),
+    (["--compare", "dis,best"], ["--compare best", "--scheme best", "dis, final, one-pass, trm, trm-medium"]),
+    (["--compare", ""], ["--compare", "--scheme", "one of"]),
+    (["--compare", "dis,final,dis"], ["--compare dis,final,dis", "twice"]),
+    (["--compare", "dis+noise=loud"], ["--compare dis+noise=loud", "--noise loud", "a number"]),
+    (["--compare", "dis+budget-seconds=0"], ["--compare dis+budget-seconds=0", "--budget-seconds 0"]),
+    (["--compare", "dis+eval=x"], ["--compare dis+eval=x", "--eval"]),
+    (["--compare", "dis+task=sudoku"], ["--compare dis+task=sudoku", "--task"]),
+    (["--compare", "dis", "--eval", "model.pt"], ["--eval", "--compare"]),
+    (["--compare", "dis", "--size", "12"], ["--size", "12"]),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(args, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1888,3 +1904,203 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_file(tmp_path, capsys, mon
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left" in error
     assert (tmp_path / "model.pt").read_text() == "old"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trajectories and comparisons
+
+
+def write_trajectories(path, count=30, steps=3, **changed):
+    """A file of mazes of side 5 whose plan marks the path from the start on, a third more at each step."""
+    puzzles = lrpi.make_mazes(count, 5)
+    shown = torch.rand(puzzles.x.shape, generator=generator()) * steps
+    plan = torch.stack([torch.where(shown <= s, puzzles.y, puzzles.x) for s in range(1, steps + 1)], 1)
+    np.savez(path, **{"x": puzzles.x.numpy(), "plan": plan.numpy(), **changed})
+    return puzzles, plan
+
+
+def test_trajectories_are_the_targets_in_the_order_of_the_file(tmp_path, capsys):
+    puzzles, plan = write_trajectories(tmp_path / "t.npz")
+    options = ["--target", "file", "--trajectories", str(tmp_path / "t.npz")]
+    given = {k: v for k, v in lrpi.parse(["--size", "5", *options]).items() if k in lrpi.Config.__annotations__}
+    read = lrpi.load_trajectories(lrpi.configure(**given))
+    assert torch.equal(read.x, puzzles.x) and torch.equal(read.y, puzzles.y) and torch.equal(read.plan, plan)
+    assert lrpi.main([*QUICK, *options, "--no-figures", "--out", str(tmp_path)]) == 0
+    (tmp_path / "t.npz").unlink()  # an evaluation does without the file
+    assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--no-figures"]) == 0
+    assert "--trajectories" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed, named", [
+    ({"x": np.zeros((30, 24), np.uint8)}, ["x [30, 24]", "[N, 25]"]),
+    ({"x": np.zeros((29, 25), np.uint8)}, ["x [29, 25]", "plan [30, 3, 25]"]),
+    ({"x": np.array(3)}, ["x []"]),
+    ({"plan": np.zeros((30, 25), np.uint8)}, ["plan [30, 25]", "[N, S, 25]"]),
+    ({"plan": np.zeros((30, 0, 25), np.uint8)}, ["plan [30, 0, 25]", "1 or more"]),
+    ({"plan": np.full((30, 3, 25), 5)}, ["plan has int64 from 5 to 5", "from 0 to 4"]),
+    ({"x": np.full((30, 25), -1)}, ["x has int64 from -1 to -1"]),
+    ({"x": np.zeros((30, 25))}, ["x has float64", "whole numbers"]),
+    ({"plan": np.array([["a"]])}, ["plan [1, 1]"]),
+    ({"x": np.array([None] * 30)}, ["must be an .npz file"]),  # would need pickle
+])  # fmt: skip
+def test_a_bad_trajectory_file_gets_one_clear_line(changed, named, tmp_path, capsys):
+    path = tmp_path / "bad.npz"
+    write_trajectories(path, **changed)
+    options = ["--target", "file", "--trajectories", str(path), "--out", str(tmp_path / "out"), "--size", "5"]
+    assert lrpi.main(options) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in [f"--trajectories {path}", *named]), said
+
+
+def test_a_trajectory_must_end_in_a_solution_and_the_file_be_whole(tmp_path, capsys):
+    path, out = tmp_path / "bad.npz", tmp_path / "out"
+    options = ["--target", "file", "--trajectories", str(path), "--out", str(out), "--size", "5"]
+    puzzles, plan = write_trajectories(path)
+    plan[7, -1] = plan[7, 0] = puzzles.x[7]
+    np.savez(path, x=puzzles.x.numpy(), plan=plan.numpy())
+    assert lrpi.main(options) == 2
+    assert "the last answer of puzzle 7 does not solve it" in capsys.readouterr().err
+    whole = path.read_bytes()
+    path.unlink()
+    assert lrpi.main(options) == 2
+    assert f"--trajectories {path}: No such file" in capsys.readouterr().err
+    for content in (b"", b"text", whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(content)
+        assert lrpi.main(options) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"--trajectories {path}" in said and ".npz" in said
+    np.savez(path, x=puzzles.x.numpy())
+    assert lrpi.main(options) == 2
+    assert "the arrays x and plan" in capsys.readouterr().err
+    np.save(tmp_path / "one.npy", puzzles.x.numpy())
+    assert lrpi.main([*options[:3], str(tmp_path / "one.npy"), *options[4:]]) == 2
+    assert "must be an .npz file" in capsys.readouterr().err
+
+
+ARMS = "dis,trm-medium+n-sup=2,one-pass+n=5"
+COMPARE = [*QUICK, "--compare", ARMS, "--seeds", "2"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One small comparison by the real command, in an empty folder."""
+    folder = tmp_path_factory.mktemp("compare")
+    done = cli("--task", "maze", *COMPARE, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done, folder / "runs" / "maze-compare"
+
+
+def test_a_comparison_writes_its_runs_and_what_they_come_to(compared):
+    done, out = compared
+    runs = [f"{arm}-{seed}" for arm in ARMS.split(",") for seed in (0, 1)]
+    files = [f"{run}{end}" for run in runs for end in (".json", ".pt")]
+    assert {p.name for p in out.iterdir()} == {*files, "compare.json", "compare.csv", "compare.png"}
+    found = json.loads((out / "compare.json").read_text())["arms"]
+    assert list(found) == ARMS.split(",")
+    for arm, of in found.items():
+        assert of["runs"] == [json.loads((out / f"{arm}-{seed}.json").read_text()) for seed in (0, 1)]
+        last = [run["exact"][-1] for run in of["runs"]]
+        assert (of["least"], of["most"]) == (min(last), max(last))
+        assert math.isclose(of["exact"], sum(last) / 2, abs_tol=1e-12)
+        assert f"{of['exact']:.1%}" in done.stdout
+        assert [run["seed"] for run in of["runs"]] == [0, 1]
+        assert all(len(run["curve"]) == 10 for run in of["runs"])
+    assert [found[arm]["passes"] for arm in found] == [18, 6, 6]
+    with (out / "compare.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 60 and {row["scheme"] for row in rows} == set(found)
+    row = rows[-1]
+    assert (row["scheme"], row["seed"]) == ("one-pass+n=5", "1")
+    assert float(row["exact"]) == found["one-pass+n=5"]["runs"][1]["curve"][-1]["exact"]
+
+
+def test_a_comparison_starts_all_from_the_same_weights_and_examples(monkeypatch):
+    """What schemes share they share: the weights at the start, whatever each adds, and the puzzles' order."""
+    data, starts, lines = lrpi.make_mazes(50, 5), [], []
+    for given in ({}, {"act": True}, {"untied": True}, {"step_index": True, "recall": False}, {"n_sup": 2}):
+        cfg = tiny(examples=24, **given)
+        seen = []
+
+        def watch(at, loss, model, seen=seen):
+            if loss is None:
+                starts.append({name: v.clone() for name, v in model.state_dict().items()})
+            return ""
+
+        advance = lrpi.Episodes.advance
+
+        def spy(self, seen=seen):
+            fresh = self.done.clone()
+            puzzles = advance(self)
+            seen += self.row[fresh].tolist()
+            return puzzles
+
+        with monkeypatch.context() as patched:
+            patched.setattr(lrpi.Episodes, "advance", spy)
+            lrpi.train(cfg, data, watch)
+        lines.append(seen[:24])
+    common = set.intersection(*(set(start) for start in starts))
+    assert len(common) > 5
+    assert all(torch.equal(start[name], starts[0][name]) for start in starts for name in common)
+    assert all(torch.equal(v, starts[2][re.sub(r"nets\.\d+", "nets.0", name)]) for name, v in starts[2].items())
+    assert len(lines[0]) == 24 and all(line == lines[0] for line in lines)
+
+
+def test_a_comparison_goes_on_where_it_was_killed(compared, tmp_path):
+    """Kill it as soon as its second run has begun; the same command keeps the first run, bit for bit."""
+    command = [sys.executable, str(HERE / "lrpi.py"), *COMPARE]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "run 2 of 6" in line:
+            process.kill()
+    process.wait()
+    process.stdout.close()
+    out = tmp_path / "runs" / "maze-compare"
+    first = out / "dis-0.json"
+    kept = first.read_bytes()
+    assert not (out / "compare.json").exists()
+    done = cli(*COMPARE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "run 1 of 6, is there already" in done.stdout and "run 2 of 6\n" in done.stdout
+    assert first.read_bytes() == kept
+    for arm in ARMS.split(","):  # interrupted or not, the same comes out
+        for seed in (0, 1):
+            a, b = (json.loads((folder / f"{arm}-{seed}.json").read_text()) for folder in (out, compared[1]))
+            assert a["exact"] == b["exact"] and a["train_passes"] == b["train_passes"]
+
+
+def test_a_comparison_keeps_runs_of_other_options_apart(compared, capsys):
+    _, out = compared
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert lrpi.main([*COMPARE, "--out", str(out), "--noise", "0.1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "dis-0.json" in said and "--noise" in said and "--out" in said
+    (out / "dis-0.json").write_text("{}")
+    assert lrpi.main([*COMPARE, "--out", str(out)]) == 2
+    assert "dis-0.json: not a run of --compare" in capsys.readouterr().err
+    (out / "dis-0.json").write_bytes(before["dis-0.json"])
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_an_interrupted_comparison_exits_130_and_keeps_what_is_finished(tmp_path):
+    command = [sys.executable, str(HERE / "lrpi.py"), *COMPARE, "--examples", "1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    text = ""
+    for line in process.stdout:
+        text += line
+        if "run 2 of 6" in line:
+            process.send_signal(signal.SIGINT)
+    process.stdout.close()
+    assert process.wait() == 130 and "1 of 6 runs are finished" in text
+    assert {p.name for p in (tmp_path / "runs" / "maze-compare").iterdir()} == {"dis-0.json", "dis-0.pt"}
+
+
+@pytest.mark.parametrize("task", ["sudoku", "nqueens"])
+def test_the_other_tasks_train_and_draw(task, tmp_path):
+    given = ["--task", task, "--size", "6", "--examples", "60", "--test-size", "20", "--out", str(tmp_path)]
+    assert lrpi.main(given) == 0
+    pictures = [*(p.name for p in tmp_path.glob("*.png")), *(p.name for p in tmp_path.glob("*.gif"))]
+    assert sorted(pictures) == ["guidance.png", "halting.png", "improvement.png", "solution.gif",
+                                "solution.png", "thinking.png"]  # fmt: skip
+    assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--no-figures"]) == 0
+    fresh, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("", "eval"))
+    assert fresh["exact"] == again["exact"]
