@@ -206,15 +206,17 @@ def flag(name: str) -> str:
 
 
 def configure(**given) -> Config:
-    """The configuration for a task, in a scheme (`maze`, `dis`), with all `given` fields on top."""
-    task, scheme = (given.get(name, getattr(Config, name)) for name in ("task", "scheme"))
+    """The configuration for a task (`maze`), in a scheme (the task's own), with all `given` fields on top."""
+    task = given.get("task", Config.task)
     defaults = TASKS[task].defaults if task in TASKS else {}
+    scheme = given.get("scheme", defaults.get("scheme"))
     return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
 
 TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999}
 SCHEMES = {  # what each changes of the task's defaults                forward passes: n_sup T (n + 1)
     "dis": {},  #                                                                       6 * 1 * 3 = 18
+    "dis-margin": {"hinge": 1.0},  #                                                    6 * 1 * 3 = 18
     "final": {"target": "final"},  #                                                    6 * 1 * 3 = 18
     "one-pass": {"target": "final", "n": 17, "n_sup": 1, "untied": True},  #          1 * 1 * 18 = 18
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
@@ -1355,11 +1357,13 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 TASKS["sudoku"] = Task(
-    lambda cfg, count, split, seed=0: make_sudokus(count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed),
+    lambda cfg, count, split, seed=0: make_sudokus(
+        count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed
+    ),
     sudoku_solved,
     lambda size: {"blank": "#ffffff", **{str(d): "#f4f1ea" for d in range(1, size + 1)}},
     tuple(BOXES),
-    {"size": 9, "mixer": "mlp"},
+    {"size": 9, "mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1, "pace": 1},
     " 123456789",
     BOXES.get,
 )
@@ -1368,7 +1372,15 @@ TASKS["nqueens"] = Task(
     queens_solved,
     lambda size: {"empty": "#f4f1ea", "queen": "#56b4e9"},
     range(4, 11),
-    {"size": 8},
+    {
+        "size": 8,
+        "mixer": "mlp",
+        "scheme": "dis-margin",
+        "batch_size": 8,
+        "pick": 1,
+        "pace": 2,
+        "train_size": 7200,
+    },  # fmt: skip
     " ♛",
 )
 
@@ -1764,7 +1776,11 @@ def parse(argv) -> dict:
                 raise UserError(f"{flag(f.name)} {text}: must be {allowed(f)}") from None
 
         schemes = [f", {name}: {scheme[f.name]}" for name, scheme in SCHEMES.items() if f.name in scheme]
-        help = f"{f.metadata['help']}; {allowed(f)} [{f.default}{''.join(schemes)}]".replace("%", "%%")
+        tasks = [
+            f", {name}: {task.defaults[f.name]}" for name, task in TASKS.items() if f.name in task.defaults
+        ]
+        by_default = f"{f.default}{''.join(tasks + schemes)}"
+        help = f"{f.metadata['help']}; {allowed(f)} [{by_default}]".replace("%", "%%")
         kind = {"type": read, "metavar": "VALUE"}
         if f.metadata["bare"]:
             kind |= {"nargs": "?", "const": f.metadata["bare"]()}

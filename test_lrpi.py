@@ -1922,7 +1922,9 @@ def write_trajectories(path, count=30, steps=3, **changed):
 def test_trajectories_are_the_targets_in_the_order_of_the_file(tmp_path, capsys):
     puzzles, plan = write_trajectories(tmp_path / "t.npz")
     options = ["--target", "file", "--trajectories", str(tmp_path / "t.npz")]
-    given = {k: v for k, v in lrpi.parse(["--size", "5", *options]).items() if k in lrpi.Config.__annotations__}
+    given = {
+        k: v for k, v in lrpi.parse(["--size", "5", *options]).items() if k in lrpi.Config.__annotations__
+    }
     read = lrpi.load_trajectories(lrpi.configure(**given))
     assert torch.equal(read.x, puzzles.x) and torch.equal(read.y, puzzles.y) and torch.equal(read.plan, plan)
     assert lrpi.main([*QUICK, *options, "--no-figures", "--out", str(tmp_path)]) == 0
@@ -2026,9 +2028,7 @@ def test_a_comparison_starts_all_from_the_same_weights_and_examples(monkeypatch)
                 starts.append({name: v.clone() for name, v in model.state_dict().items()})
             return ""
 
-        advance = lrpi.Episodes.advance
-
-        def spy(self, seen=seen):
+        def spy(self, seen=seen, advance=lrpi.Episodes.advance):
             fresh = self.done.clone()
             puzzles = advance(self)
             seen += self.row[fresh].tolist()
@@ -2041,7 +2041,9 @@ def test_a_comparison_starts_all_from_the_same_weights_and_examples(monkeypatch)
     common = set.intersection(*(set(start) for start in starts))
     assert len(common) > 5
     assert all(torch.equal(start[name], starts[0][name]) for start in starts for name in common)
-    assert all(torch.equal(v, starts[2][re.sub(r"nets\.\d+", "nets.0", name)]) for name, v in starts[2].items())
+    assert all(
+        torch.equal(v, starts[2][re.sub(r"nets\.\d+", "nets.0", name)]) for name, v in starts[2].items()
+    )
     assert len(lines[0]) == 24 and all(line == lines[0] for line in lines)
 
 
