@@ -1380,7 +1380,7 @@ TASKS["nqueens"] = Task(
         "pick": 1,
         "pace": 2,
         "train_size": 7200,
-    },  # fmt: skip
+    },
     " ♛",
 )
 
