@@ -17,7 +17,7 @@ THE IDEA, after "Your Latent Reasoning is Secretly Policy Improvement Operator" 
      margin*. Near 0, the step is dead compute if it did not move the policy, and of the right size if it did.
   5. The paper therefore gives every step a target of its own, closer to the solution than the last: Deep
      Improvement Supervision (DIS). It reports that 18 forward passes then do what takes the Tiny Recursive
-     Model (TRM, arXiv 2510.04871) 336. How much of that holds on mazes stands in the README.
+     Model (TRM, arXiv 2510.04871) 336. How much of that holds for three small tasks stands in the README.
   6. So a trained model can be diagnosed, step by step: does it improve, is it dead, does it harm (§7)? Dead
      steps can be cut, thinking can stop where a puzzle's steps go dead, and go on where they do not.
 
@@ -32,7 +32,9 @@ THE LETTERS
 
 THE COMMANDS
   python lrpi.py --task maze                    train, evaluate, draw; all of it lands in runs/maze-dis/
+  python lrpi.py --task sudoku                  or nqueens: the same for other puzzles
   python lrpi.py --scheme trm                   the same with TRM's recursion, targets and halting
+  python lrpi.py --compare trm,dis,final        train by each scheme and compare; --seeds 3: thrice each
   python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint again; --halt: stop early; --think 24:
                                                 take 24 steps; --size 21: on larger mazes
   python lrpi.py --help                         every option, its meaning and its range
@@ -40,15 +42,19 @@ THE COMMANDS
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - The default token mixer is a local convolution: on a CPU it learns mazes far faster than attention does.
     TRM's own block is --mixer attention (or mlp) --layers 2 --ffn 0; its widths are larger, too.
-  - The default targets are a solver's edits, which the paper proposes and does not test: what dead-end
-    filling has after 8, 16, .. rounds. Training then uses more than puzzles and solutions. The paper's way, a
-    share of the solution, is --target reveal --step-index. Its schedule is concave, (s / N_sup)^0.3: which
-    cells get revealed cannot be predicted, so below one half the best guess at them is the bare puzzle.
+  - The default targets are a solver's edits, which the paper proposes and does not test: of a maze, what
+    dead-end filling has after 8, 16, .. rounds. Training then uses more than puzzles and solutions. The
+    paper's way, a share of the solution, is --target reveal --step-index. Its schedule is concave here,
+    (s / N_sup)^0.3: which cells get revealed cannot be predicted, so below one half the best guess at them is
+    the bare puzzle.
+  - Scheme `dis-margin` adds to the loss what the advantage margin of a step lacks to 0 (--hinge): what the
+    paper proves of good steps, made into a demand. The default for sudoku and queens, where it beats `dis`.
   - No step index: all steps are the same map, so that more of them than in training can be taken. Noise is
     added to the state before every training step, so that the map leads back to where it belongs.
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
-    stablemax). Muon trains the matrices inside the blocks and AdamW all else, and weights are averaged.
+    stablemax), and the last answer is not fed back as input (--linear and --feedback do as the paper). Muon
+    trains the matrices inside the blocks and AdamW all else, and weights are averaged.
   - Training takes the longer of every two mazes made (--pick): long solutions are rare, and learnt last.
 """
 
@@ -761,7 +767,7 @@ def edits(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
 
 
 def file(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
-    """A way to y* that came with the puzzles (`load_trajectories`), its S answers spread over the N_sup steps."""
+    """Somebody's way to y* that came with the puzzles (`load_trajectories`): S answers over N_sup steps."""
     S = puzzles.plan.shape[1]
     return puzzles.plan[torch.arange(len(s)), ((s * S - 1) // cfg.n_sup).clamp(max=S - 1)]
 
@@ -793,8 +799,8 @@ def make_optimizers(model: LoopedModel, cfg: Config) -> list:
 def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
     """L_DIS of one step: cross-entropy of the logits after it [B, L, V] with its targets [B, L].
 
-    Two additions use the logits before it, which carry no gradient. --awr weighs each cell by exp(A(y†) / awr),
-    as advantage-weighted regression does. --hinge adds what the advantage margin of y† lacks to 0 (Prop. 4.1).
+    Two additions use the logits before it, which carry no gradient. --awr weighs a cell by exp(A(y†) / awr), as
+    advantage-weighted regression does. --hinge adds what the advantage margin of y† lacks to 0 (Prop. 4.1).
     """
     y_dagger = y_dagger.long()
     loss = F.cross_entropy(logits_c.flatten(0, 1), y_dagger.flatten(), reduction="none")  # [B L]
@@ -1292,8 +1298,8 @@ def solve_sudokus(x: torch.Tensor, y: torch.Tensor) -> Puzzles:
 def make_sudokus(count: int, size: int = 9, blanks: int = 40, split: str = "train", seed: int = 0) -> Puzzles:
     """`count` sudokus with 1 to `blanks` empty cells and one solution each, of the given split.
 
-    Cells are emptied at random; as long as there is a second solution, a cell that tells the two apart is given
-    back. Its solution decides a sudoku's split, and splits have nothing in common but by chance.
+    Cells are emptied at random; as long as there is a second solution, a cell that tells the two apart is
+    given back. Its solution decides a sudoku's split, and splits have nothing in common but by chance.
     """
     generator = torch.Generator().manual_seed(seed + 2**32 * list(SPLITS).index(split))
     y = draw_split(count, size, split, lambda n: sudoku_grids(n, size, generator), lambda y: y)
@@ -1312,7 +1318,7 @@ EMPTY, QUEEN = range(2)
 
 @functools.cache
 def placements(size: int) -> torch.Tensor:
-    """All ways to place `size` queens so that none attacks another: 0 and 1, [K, L] uint8, in reading order."""
+    """All ways to place `size` queens so that none attacks another: [K, L] uint8, in reading order."""
     columns = torch.zeros(1, 0, dtype=torch.long)  # of the queens in the rows so far
     for row in range(size):
         columns = torch.cat(
@@ -1587,7 +1593,7 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
 
 
 def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
-    """Tokens [L] as coloured cells, with what the task writes into them; a cross marks the `wrong` ones [L]."""
+    """Tokens [L] as coloured cells, with what the task writes into them; crosses mark the `wrong` [L]."""
     from matplotlib.colors import ListedColormap
 
     cells, wrong = (grid(v[None])[0].cpu().numpy() for v in (tokens, wrong))
