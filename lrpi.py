@@ -799,7 +799,7 @@ def make_optimizers(model: LoopedModel, cfg: Config) -> list:
 def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
     """L_DIS of one step: cross-entropy of the logits after it [B, L, V] with its targets [B, L].
 
-    Two additions use the logits before it, which carry no gradient. --awr weighs a cell by exp(A(y†) / awr), as
+    Two additions use the logits before it, without gradient. --awr weighs cells by exp(A(y†) / awr), as
     advantage-weighted regression does. --hinge adds what the advantage margin of y† lacks to 0 (Prop. 4.1).
     """
     y_dagger = y_dagger.long()
