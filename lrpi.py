@@ -1553,9 +1553,8 @@ def draw_comparison(found: dict, task: str, path: Path) -> None:
     axes_of = {"examples_seen": "examples seen", "train_passes": "forward passes in training"}
     axes_of |= {"train_seconds": "seconds of training"}
     best = max(found, key=lambda name: found[name]["exact"])
-    title = "; ".join(
-        f"{name} {of['exact']:.1%} in {of['train_seconds']:.0f} s" for name, of in found.items()
-    )
+    each = (f"{name} {of['exact']:.1%} in {of['train_seconds']:.0f} s" for name, of in found.items())
+    title = "; ".join(text.replace(" ", "\N{NO-BREAK SPACE}") for text in each)
     title = f"{task}: {best} solves the most\n" + textwrap.fill(title, 110)
     with figure(path, title, 1, 3, (11, 4.5), "") as axes:
         for ax, (price, label) in zip(axes[0], axes_of.items(), strict=True):
@@ -1586,7 +1585,13 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     for s, step in enumerate(rollout(model, x), 1):
         answer = step.logits_c.argmax(-1)  # [1, L]
         wrong, solved = answer != y_star, TASKS[model.cfg.task].solved(x, answer).item()
-        frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong[0]))
+        frames.append(
+            (
+                f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"),
+                answer[0],
+                wrong[0] & (not solved),
+            )
+        )
         found = f"solved at step {s}" if solved and found == "not solved" else found
     none = torch.zeros_like(frames[0][2])
     return [("puzzle", x[0], none), *frames, ("solution", y_star[0], none)], found
