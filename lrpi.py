@@ -1555,7 +1555,7 @@ def draw_comparison(found: dict, task: str, path: Path) -> None:
     best = max(found, key=lambda name: found[name]["exact"])
     each = (f"{name} {of['exact']:.1%} in {of['train_seconds']:.0f} s" for name, of in found.items())
     title = "; ".join(text.replace(" ", "\N{NO-BREAK SPACE}") for text in each)
-    title = f"{task}: {best} solves the most\n" + textwrap.fill(title, 110)
+    title = f"{task}: {best} solves the most\n" + textwrap.fill(title, 110, break_on_hyphens=False)
     with figure(path, title, 1, 3, (11, 4.5), "") as axes:
         for ax, (price, label) in zip(axes[0], axes_of.items(), strict=True):
             for i, (name, of) in enumerate(found.items()):
@@ -2075,12 +2075,12 @@ def compare(given: dict, text: str, seeds: str, interrupts: list) -> int:
 def print_comparison(found: dict) -> None:
     """What `compare` found, a line for each arm."""
     width = max(map(len, found))
-    print(f"\n{'':{width}}  solved, least to most    passes   params  examples  passes in training  seconds")
+    print(f"\n{'':{width}}  solved, least to most    passes     params  examples  passes in training  seconds")
     for name, of in found.items():
         line = (
             f"{name:{width}}  {of['exact']:6.1%}, {of['least']:6.1%} to {of['most']:6.1%}  {of['passes']:6}"
         )
-        line += f"  {of['params']:7,}  {of['examples_seen']:8}  {of['train_passes']:18}"
+        line += f"  {of['params']:9,}  {of['examples_seen']:8}  {of['train_passes']:18}"
         print(f"{line}  {of['train_seconds']:7.0f}")
 
 
