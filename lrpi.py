@@ -2075,7 +2075,9 @@ def compare(given: dict, text: str, seeds: str, interrupts: list) -> int:
 def print_comparison(found: dict) -> None:
     """What `compare` found, a line for each arm."""
     width = max(map(len, found))
-    print(f"\n{'':{width}}  solved, least to most    passes     params  examples  passes in training  seconds")
+    print(
+        f"\n{'':{width}}  solved, least to most    passes     params  examples  passes in training  seconds"
+    )
     for name, of in found.items():
         line = (
             f"{name:{width}}  {of['exact']:6.1%}, {of['least']:6.1%} to {of['most']:6.1%}  {of['passes']:6}"
