@@ -1362,6 +1362,7 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     return (answer <= QUEEN).all(1) & (answer >= x).all(1) & lines & (torch.stack(sums) <= 1).all(0)
 
 
+BOARD = {"mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1}
 TASKS["sudoku"] = Task(
     lambda cfg, count, split, seed=0: make_sudokus(
         count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed
@@ -1369,7 +1370,7 @@ TASKS["sudoku"] = Task(
     sudoku_solved,
     lambda size: {"blank": "#ffffff", **{str(d): "#f4f1ea" for d in range(1, size + 1)}},
     tuple(BOXES),
-    {"size": 9, "mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1, "pace": 1},
+    {"size": 9, **BOARD, "pace": 1},
     " 123456789",
     BOXES.get,
 )
@@ -1378,15 +1379,7 @@ TASKS["nqueens"] = Task(
     queens_solved,
     lambda size: {"empty": "#f4f1ea", "queen": "#56b4e9"},
     range(5, 11),  # of the few boards of 4 x 4, none is in the split `valid`
-    {
-        "size": 8,
-        "mixer": "mlp",
-        "scheme": "dis-margin",
-        "batch_size": 8,
-        "pick": 1,
-        "pace": 2,
-        "train_size": 7200,
-    },
+    {"size": 8, **BOARD, "pace": 2, "train_size": 7200},
     " ♛",
 )
 
@@ -1584,14 +1577,9 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     x, y_star, frames, found = puzzle.x, puzzle.y, [], "not solved"
     for s, step in enumerate(rollout(model, x), 1):
         answer = step.logits_c.argmax(-1)  # [1, L]
-        wrong, solved = answer != y_star, TASKS[model.cfg.task].solved(x, answer).item()
-        frames.append(
-            (
-                f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"),
-                answer[0],
-                wrong[0] & (not solved),
-            )
-        )
+        solved = TASKS[model.cfg.task].solved(x, answer).item()
+        wrong = (answer[0] != y_star[0]) & (not solved)  # [L]; a solution need not be the label
+        frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong))
         found = f"solved at step {s}" if solved and found == "not solved" else found
     none = torch.zeros_like(frames[0][2])
     return [("puzzle", x[0], none), *frames, ("solution", y_star[0], none)], found
@@ -1778,6 +1766,7 @@ def parse(argv) -> dict:
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
     parser.add_argument("--compare", metavar="LIST", help=COMPARE_HELP)
     parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
+    own = {name: task.defaults for name, task in TASKS.items()} | SCHEMES
     for f in fields(Config):
 
         def read(text, f=f):
@@ -1786,12 +1775,8 @@ def parse(argv) -> dict:
             except ValueError:
                 raise UserError(f"{flag(f.name)} {text}: must be {allowed(f)}") from None
 
-        schemes = [f", {name}: {scheme[f.name]}" for name, scheme in SCHEMES.items() if f.name in scheme]
-        tasks = [
-            f", {name}: {task.defaults[f.name]}" for name, task in TASKS.items() if f.name in task.defaults
-        ]
-        by_default = f"{f.default}{''.join(tasks + schemes)}"
-        help = f"{f.metadata['help']}; {allowed(f)} [{by_default}]".replace("%", "%%")
+        by_default = [str(f.default), *(f"{name}: {of[f.name]}" for name, of in own.items() if f.name in of)]
+        help = f"{f.metadata['help']}; {allowed(f)} [{', '.join(by_default)}]".replace("%", "%%")
         kind = {"type": read, "metavar": "VALUE"}
         if f.metadata["bare"]:
             kind |= {"nargs": "?", "const": f.metadata["bare"]()}
