@@ -5,7 +5,9 @@
 What is checked is computed a second time in this file, by other means; tolerances stand where they are used.
 """
 
+import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -15,6 +17,8 @@ import re
 import signal
 import subprocess
 import sys
+import types
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -2095,3 +2099,159 @@ def test_the_other_tasks_train_and_draw(task, tmp_path):
     assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--no-figures"]) == 0
     fresh, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("", "eval"))
     assert fresh["exact"] == again["exact"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tutorial: run as it stands in quick mode, without Jupyter, and its exercises with right and wrong answers
+
+TUTORIAL = json.loads((HERE / "tutorial.ipynb").read_text())["cells"]
+CODE = {i: "".join(cell["source"]) for i, cell in enumerate(TUTORIAL) if cell["cell_type"] == "code"}
+PROSE = "\n\n".join("".join(cell["source"]) for cell in TUTORIAL if cell["cell_type"] == "markdown")
+SOLUTIONS = re.findall(r"<summary>(\d+):.*?```python\n(.*?)```", PROSE, re.DOTALL)
+STORED = {i: TUTORIAL[i]["outputs"] for i in CODE}
+STREAMS = "\n".join("".join(o.get("text", "")) for outputs in STORED.values() for o in outputs)
+
+
+def drawn(outputs):
+    return sum("image/png" in o.get("data", {}) for o in outputs)
+
+
+@pytest.fixture(scope="module")
+def tutorial():
+    """The namespace after the last cell, and {cell: (what it printed, how many figures it opened)}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    threads, namespace, left = torch.get_num_threads(), {"__name__": "__main__"}, {}
+    with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("LRPI_QUICK", "1")
+        patch.chdir(HERE)
+        for i, source in CODE.items():
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(source, f"tutorial.ipynb, cell {i}", "exec"), namespace)  # noqa: S102
+            left[i] = printed.getvalue(), len(plt.get_fignums())
+            for number in plt.get_fignums():
+                plt.figure(number).canvas.draw()  # as a notebook would, so that what cannot be drawn is found
+            plt.close("all")
+    torch.set_num_threads(threads)
+    return namespace, left
+
+
+def test_the_tutorial_runs_and_stores_what_each_cell_leaves(tutorial):
+    for i, (printed, figures) in tutorial[1].items():
+        kinds = [o["output_type"] for o in STORED[i]]
+        assert "error" not in kinds, f"cell {i} has a stored error"
+        assert bool(printed) <= ("stream" in kinds), f"cell {i} prints, but no output is stored"
+        assert figures <= drawn(STORED[i]), f"cell {i} draws, but no figure is stored"
+        assert all(o.get("name") != "stderr" for o in STORED[i]), f"cell {i} has a stored warning"
+    counts = [TUTORIAL[i]["execution_count"] for i in CODE]
+    assert counts == [*range(1, len(CODE) + 1)], "outputs are those of one run from top to bottom"
+
+
+def test_the_tutorial_keeps_its_form():
+    lines = sorted(sum(map(bool, map(str.strip, source.split("\n")))) for source in CODE.values())
+    assert 35 <= len(TUTORIAL) <= 50 and lines[len(lines) // 2] <= 10 and lines[-1] <= 25
+    assert 8 <= sum(map(drawn, STORED.values())) <= 12
+    assert (HERE / "tutorial.ipynb").stat().st_size < 2e6
+    magic = re.search(r"^\s*[%!]", "\n".join(CODE.values()), re.MULTILINE)
+    assert not magic, "plain Python, so that it runs anywhere"
+
+
+def test_the_tutorial_names_only_what_there_is():
+    text = PROSE + "\n".join(CODE.values())
+    names = set(re.findall(r"\blrpi\.([A-Za-z_]\w*)", text)) - {"py", "zip"}
+    assert len(names) > 20 and not {name for name in names if not hasattr(lrpi, name)}
+    flags = {option for name in lrpi.Config.__annotations__ for option in (lrpi.flag(name), "--no-" + name)}
+    named = set(re.findall(r"(?<=[\s`])--[a-z][a-z-]*", text))
+    assert named and named <= flags | {"--compare", "--eval", "--seeds"}
+    for name in set(re.findall(r'record\("([\w-]+)"\)', text)):
+        assert (HERE / "figures" / f"{name}.json").exists()
+
+
+def test_numbers_in_the_tutorials_prose_are_printed_by_its_cells():
+    prose = PROSE[: PROSE.index("## Solutions")]
+    for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"\$.*?\$", r"`[^`]*`", r"\(http[^)]*\)|arXiv \d{4}\.\d+"):
+        prose = re.sub(pattern, " ", prose, flags=re.DOTALL)
+    prose = re.sub(r"\d+ × \d+|Proposition \S+", " ", prose)
+    numbers = re.findall(r"(?<![\w.])\d[\d,]*\.?\d*%?(?![\w])", prose)
+    claimed = {n.rstrip(".,") for n in numbers if re.search(r"%|\.\d|\d,\d{3}|\d\d", n)}
+    assert claimed
+    assert not {n for n in claimed if not re.search(rf"(?<![\d.,]){re.escape(n)}(?![\d])", STREAMS)}
+
+
+def test_every_exercise_waits_for_an_answer_and_takes_the_right_one(tutorial):
+    namespace, left = tutorial
+    checks = sorted(int(name[6:]) for name in namespace if name.startswith("check_"))
+    assert len(checks) >= 12 and checks == [*range(1, len(checks) + 1)]
+    assert [int(number) for number, _ in SOLUTIONS] == checks
+    assert sum(printed.count("still to do\n") for printed, _ in left.values()) == len(checks)
+    for number in checks:
+        with pytest.raises(NotImplementedError):
+            namespace[f"check_{number}"]()
+    for number, solution in SOLUTIONS:
+        exec(compile(solution, f"solution {number}", "exec"), own := dict(namespace))  # noqa: S102
+        check = types.FunctionType(namespace[f"check_{number}"].__code__, own)
+        check()
+
+
+WRONG = {  # what somebody may well write first
+    1: ["def fill(maze): return maze", "def fill(maze): return [line.replace(' ', '#') for line in maze]"],
+    2: [
+        "def passes(n_sup, T, n): return n_sup * T * n, n_sup * n",
+        "def passes(n_sup, T, n): return (n_sup * T * (n + 1),) * 2",
+    ],
+    3: ["def weights(D, V, k, inner): return 2 * V * D + D + k * k * D + 2 * D * inner"],
+    4: [
+        SOLUTIONS[3][1].replace("y.detach()", "y"),
+        SOLUTIONS[3][1].replace("        optimizer.zero_grad()\n", ""),
+        SOLUTIONS[3][1].replace("y = step", "new = step").replace("readout(y)", "readout(new)"),
+        SOLUTIONS[3][1].replace("        optimizer.step()\n", ""),
+    ],
+    5: [
+        "def guided(pi_u, pi_c, w): return [u ** (1 - w) * c**w for u, c in zip(pi_u, pi_c)]",
+        "def guided(pi_u, pi_c, w): return [(1 - w) * u + w * c for u, c in zip(pi_u, pi_c)]",
+    ],
+    6: [
+        SOLUTIONS[5][1].replace("r / beta", "r * beta"),
+        SOLUTIONS[5][1].replace("p * math", "math"),
+        "def improved(pi, reward, beta): return [0, 1, 0]",
+    ],
+    7: [SOLUTIONS[6][1].replace(" / mean", ""), "def rise(pi, success): return 0.1"],
+    8: [
+        SOLUTIONS[7][1].replace("u + w * d", "u + d"),
+        SOLUTIONS[7][1].replace("return delta[y] -", "return -delta[y] +"),
+    ],
+    9: [
+        re.sub(r"        while .*?2\n", "", SOLUTIONS[8][1], flags=re.DOTALL),
+    ],
+    10: [
+        "def verdict(gains): return 'improves' if sum(gains) > 0 else 'harms'",
+        "def verdict(gains): return 'dead'",
+        SOLUTIONS[9][1].replace("[0.025, 0.975]", "[0.5, 0.5]"),
+    ],
+    11: [
+        "def targets(x, y, order, n_sup): return [y] * n_sup",
+        SOLUTIONS[10][1].replace("order[:", "sorted(order)[:"),
+        SOLUTIONS[10][1].replace("range(1, n_sup + 1)", "range(n_sup)"),
+    ],
+    12: [
+        "def lyapunov(V): return min(a - b for a, b in zip(V, V[1:])), len(V) - 1",
+        SOLUTIONS[11][1].replace("math.ceil", "int"),
+        SOLUTIONS[11][1].replace(" if b > 0", ""),
+    ],
+    13: ["def passes_needed(distance, kernel): return distance // (kernel // 2)"],
+    14: ["def walk(path): return [path[:1], path[2:4], path]", "def walk(path): return [path, path, path]"],
+}
+
+
+@pytest.mark.parametrize("number, answer", [(n, a) for n, answers in WRONG.items() for a in answers])
+def test_exercises_say_what_is_wrong(number, answer, tutorial):
+    assert set(WRONG) == {int(number) for number, _ in SOLUTIONS}
+    assert answer not in dict(SOLUTIONS).values()
+    exec(answer, own := dict(tutorial[0]))  # noqa: S102
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        own["exercise"](types.FunctionType(own[f"check_{number}"].__code__, own))
+    assert re.match(r"not yet: .{10,}", printed.getvalue())
