@@ -83,7 +83,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # ------------------------------------------------------------------------------------------------------------
 # §1  Configuration: every number that a run depends on, and the training schemes as data
@@ -431,9 +430,29 @@ def legend(cfg: Config) -> dict:
 # §3  The looped model (paper section 2; TRM, arXiv 2510.04871): one small net, applied over and over
 
 
+class RMSNorm(torch.autograd.Function):
+    """Scale h to mean square 1 along an axis; no learned gain.
+
+    Autograd would get the gradient from that of every single operation, with twice the passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx, h, axis):
+        r = torch.rsqrt(h.square().mean(axis, keepdim=True) + 1e-5)
+        y = h * r
+        ctx.save_for_backward(y, r)
+        ctx.axis = axis
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        return torch.addcmul(grad, y, (grad * y).mean(ctx.axis, keepdim=True), value=-1).mul_(r), None
+
+
 def rms_norm(h: torch.Tensor, axis: int = -1) -> torch.Tensor:
     """Scale h to mean square 1 along `axis`; no learned gain."""
-    return h * torch.rsqrt(h.square().mean(axis, keepdim=True) + 1e-5)
+    return RMSNorm.apply(h, axis)
 
 
 def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
@@ -458,8 +477,34 @@ class SwiGLU(nn.Module):
         self.gate_up, self.down = linear(d, 2 * inner), linear(inner, d)
 
     def forward(self, h):
-        gate, up = self.gate_up(h).chunk(2, dim=-1)
+        gate, up = (F.linear(h, weight) for weight in self.gate_up.weight.chunk(2))
         return self.down(F.silu(gate) * up)
+
+
+class DepthwiseConv(torch.autograd.Function):
+    """F.conv2d of h [B, D, H, W] with a kernel for each channel [D, 1, K, K], for the CPU.
+
+    torch's gradient of large kernels takes ten times as long as the convolution. But it is a convolution,
+    too: of h, with the gradient of the result as the kernel, summed over the batch. The sum is had by laying
+    the batch out along the rows, row r of puzzle b at r B + b, so that a stride of B moves all by one row.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        ctx.save_for_backward(h, weight)
+        return F.conv2d(h, weight, padding="same", groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight = ctx.saved_tensors
+        D, p, by_weight = len(weight), weight.shape[-1] // 2, 0
+        some = max(1, 1500 // h[0, 0].numel())  # puzzles at a time: a kernel of more cells falls out of cache
+        for pair in zip(h.split(some), grad.split(some), strict=True):
+            rows, kernel = (t.permute(2, 0, 3, 1).flatten(0, 1).permute(2, 0, 1) for t in pair)  # [D, H B, W]
+            B = len(pair[0])
+            part = F.conv2d(rows[None], kernel[:, None], stride=(B, 1), padding=(p * B, p), groups=D)
+            by_weight = by_weight + part[0][:, None]
+        return F.conv2d(grad, weight.flip(2, 3), padding=p, groups=D), by_weight
 
 
 class Conv(nn.Module):
@@ -476,7 +521,10 @@ class Conv(nn.Module):
 
     def forward(self, h):  # [B, L, D]
         h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
-        return self.conv(h).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+        ours = h.device.type == "cpu" and self.conv.weight.shape[-1] > 3
+        ours = ours and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        h = DepthwiseConv.apply(h, self.conv.weight) if ours else self.conv(h)
+        return h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
 
 
 class Attention(nn.Module):
@@ -564,9 +612,10 @@ class LoopedModel(nn.Module):
         return net(h)
 
     def cycle(self, x, y, z):
+        seen = x + y
         for _ in range(self.cfg.n):
-            z = self.net(x + y + z)
-        y = self.net(x + self.role + y + z if self.cfg.recall else y + z)
+            z = self.net(seen + z)
+        y = self.net(seen + z + self.role if self.cfg.recall else y + z)
         return y, z
 
     def forward(self, x, y, z, s) -> tuple[torch.Tensor, torch.Tensor]:
@@ -785,12 +834,41 @@ TARGETS = {  # (puzzles [B], steps s [B], cfg, noise [B, L]) -> y† [B, L]
 # §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
 
 
+def orthogonal(m: torch.Tensor) -> torch.Tensor:
+    """About U Vᵀ for a matrix m = U S Vᵀ: Newton-Schulz steps take singular values to between 0.7 and 1.2.
+
+    In bfloat16 on a GPU, which is enough for that; on a CPU, float32 is as fast.
+    """
+    X = m if m.shape[0] <= m.shape[1] else m.mT
+    X = (X / X.norm().clamp(min=1e-7)).to(torch.bfloat16 if m.is_cuda else m.dtype)
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return (X if m.shape[0] <= m.shape[1] else X.mT).to(m.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made `orthogonal`: torch.optim.Muon, which takes three times as long on a CPU (bfloat16)."""
+
+    def __init__(self, params, lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                size = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(orthogonal(p.grad.lerp(m, 0.95)), alpha=size)
+
+
 def make_optimizers(model: LoopedModel, cfg: Config) -> list:
     """Muon for the matrices inside the blocks, AdamW for all other weights."""
     matrices = [p for p in model.nets.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
-    adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    muon = Muon(matrices, cfg.muon_lr, cfg.weight_decay)
+    adam = torch.optim.AdamW(others, cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     for group in muon.param_groups + adam.param_groups:
         group["peak"] = group["lr"]
     return [muon, adam]
@@ -878,8 +956,7 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple
     """
     torch.manual_seed(cfg.seed)
     model = LoopedModel(cfg).to(data.x.device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
-    kept = average.module if average else model
+    kept = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
     optimizers, batch, phi = make_optimizers(model, cfg), Episodes(cfg, data, model), TARGETS[cfg.target]
     at = Progress()
     stopped = watch(at, None, kept)
@@ -890,7 +967,7 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple
         y_dagger = phi(puzzles, batch.s, cfg, batch.noise)  # [B, L]
 
         y, z = (h + cfg.noise * torch.randn_like(h) if cfg.noise else h for h in (batch.y, batch.z))
-        logits_u = model.readout(batch.y).detach()
+        logits_u = model.readout(batch.y).detach() if cfg.awr or cfg.hinge else None
         y, z = model(puzzles.x, y, z, batch.s)  # the latent step
         logits_c = model.readout(y)  # [B, L, V]
         loss, done = step_loss(logits_u, logits_c, y_dagger, batch.s, cfg), batch.s == cfg.n_sup
@@ -905,8 +982,8 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple
                 group["lr"] = group["peak"] * warm * cosine
             optimizer.step()
             optimizer.zero_grad()
-        if average:
-            average.update_parameters(model)
+        for mean, p in zip(kept.parameters(), model.parameters(), strict=True) if cfg.ema else ():
+            mean.lerp_(p.detach(), 1 - cfg.ema if step > 1 else 1.0)
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
 
         seconds = at.train_seconds + time.perf_counter() - began
