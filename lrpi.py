@@ -74,13 +74,14 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -115,6 +116,12 @@ class Config:
     blanks: int = option(0, "sudoku: empty cells at most, up to 2/3 of all; 0: half of all", 0, 54)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
+    precision: str = option(
+        "auto", "of the matrix products in the net; auto: bf16 on cuda, else fp32", choices=lambda: PRECISIONS
+    )
+    compile: bool = option(False, "compile the net (torch.compile): pays off in long runs")
+    deterministic: bool = option(False, "on a GPU, too, the same result from the same seed, if slower")
+    save_minutes: float = option(10.0, "minutes between checkpoints to --resume from; 0: none", 0.0, 1e6)
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
     figures: bool = option(True, "draw the figures, which needs matplotlib")
     think: int = option(0, "steps in a rollout when evaluating; 0: as many as in training, n-sup", 0, 10_000)
@@ -218,6 +225,7 @@ def configure(**given) -> Config:
     return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
 
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999}
 SCHEMES = {  # what each changes of the task's defaults                forward passes: n_sup T (n + 1)
     "dis": {},  #                                                                       6 * 1 * 3 = 18
@@ -576,6 +584,10 @@ class Block(nn.Module):
         return rms_norm(h + self.swiglu(h))
 
 
+def in_bf16(cfg: Config, device: torch.device) -> bool:
+    return cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
+
+
 class LoopedModel(nn.Module):
     """TRM's recursion: the same `net` refines the scratchpad z and the answer y, and only y is ever read out.
 
@@ -609,7 +621,10 @@ class LoopedModel(nn.Module):
     def net(self, h: torch.Tensor) -> torch.Tensor:
         net = self.nets[self.forward_passes % len(self.nets)]
         self.forward_passes += 1
-        return net(h)
+        if not in_bf16(self.cfg, h.device):
+            return net(h)
+        with torch.autocast(h.device.type, torch.bfloat16):
+            return net(h)  # float32: matrix products are in bf16, sums and norms are not
 
     def cycle(self, x, y, z):
         seen = x + y
@@ -832,6 +847,48 @@ TARGETS = {  # (puzzles [B], steps s [B], cfg, noise [B, L]) -> y† [B, L]
 
 # ------------------------------------------------------------------------------------------------------------
 # §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
+# torchrun starts it in N processes, each with B / N rows of the batch; what they do does not depend on N
+
+
+def processes() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    alone = not (dist.is_available() and dist.is_initialized())
+    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+
+
+def total(t: torch.Tensor) -> torch.Tensor:
+    """The sum of t over all processes, in t."""
+    if processes()[1] > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def everyones(t: torch.Tensor) -> torch.Tensor:
+    """The rows t [B / N, ..] of all processes: [B, ..]."""
+    if processes()[1] == 1:
+        return t
+    parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(processes()[1])]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
+
+
+def mine(t: torch.Tensor) -> torch.Tensor:
+    """The rows of this process out of t [B, ..]."""
+    rank, N = processes()
+    return t[rank * len(t) // N : (rank + 1) * len(t) // N]
+
+
+def largest(value: float) -> float:
+    """The largest `value` of any process, for all to decide alike."""
+    if processes()[1] > 1:
+        dist.all_reduce(t := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
+        value = t.item()
+    return value
+
+
+def draw_rows(draw, like: torch.Tensor) -> torch.Tensor:
+    """draw(shape, device=..) for the whole batch, and of it the rows that `like` [B / N, ..] has."""
+    return mine(draw((processes()[1] * len(like), *like.shape[1:]), device=like.device))
 
 
 def orthogonal(m: torch.Tensor) -> torch.Tensor:
@@ -904,15 +961,19 @@ def act(model, y, logits, y_star, s):
     """
     q = model.halting(y[:, 0]).squeeze(-1)  # [B], a logit
     right = (logits.argmax(-1) == y_star).all(1)
-    stay = torch.randint_like(s, 2, max(3, model.cfg.n_sup + 1)) * (torch.rand_like(q) < 0.1)
+    stay = draw_rows(functools.partial(torch.randint, 2, max(3, model.cfg.n_sup + 1)), s)
+    stay = stay * (draw_rows(torch.rand, q) < 0.1)
     return 0.5 * F.binary_cross_entropy_with_logits(q, right.float()), (q > 0) & (s >= stay)
 
 
 class Episodes:
-    """The training batch: B puzzles, each at its own step. Who is done is replaced by the next in line."""
+    """The training batch: B puzzles, each at its own step. Who is done is replaced by the next in line.
+
+    Of N processes, each holds B / N of the rows.
+    """
 
     def __init__(self, cfg: Config, data: Puzzles, model: LoopedModel):
-        B, device, self.data, self.model = cfg.batch_size, data.x.device, data, model
+        B, device, self.data, self.model = cfg.batch_size // processes()[1], data.x.device, data, model
         self.line, self.seen = torch.randperm(len(data)).to(device), torch.tensor(0, device=device)
         self.row = self.s = torch.zeros(B, dtype=torch.long, device=device)  # [B]: which puzzle, which step
         self.noise = torch.zeros(B, data.x.shape[1], device=device)  # [B, L], for the targets
@@ -922,17 +983,39 @@ class Episodes:
     def advance(self) -> Puzzles:
         """Replace the puzzles that are done, count one step on, and return the B puzzles."""
         done, model = self.done, self.model  # the k-th row that is done takes the k-th next puzzle in line
-        self.row = torch.where(done, self.line[(self.seen + done.cumsum(0) - 1) % len(self.line)], self.row)
-        self.noise = torch.where(done[:, None], torch.rand_like(self.noise), self.noise)
+        everyone = everyones(done)
+        place = self.seen + mine(everyone.cumsum(0)) - 1
+        self.row = torch.where(done, self.line[place % len(self.line)], self.row)
+        self.noise = torch.where(done[:, None], draw_rows(torch.rand, self.noise), self.noise)
         self.y = torch.where(done[:, None, None], model.y0, self.y)
         self.z = torch.where(done[:, None, None], model.z0, self.z)
-        self.seen, self.s = self.seen + done.sum(), torch.where(done, 0, self.s) + 1
+        self.seen, self.s = self.seen + everyone.sum(), torch.where(done, 0, self.s) + 1
         return self.data[self.row]
 
-    def finished(self) -> float:
-        """How many puzzles have been trained on, those that are under way in part."""
-        under_way = torch.where(self.done, 1.0, self.s.double() / self.model.cfg.n_sup).sum()
-        return (self.seen - len(self.s) + under_way).item()
+    def progress(self, before: "Progress", seconds: float) -> "Progress":
+        """How far training is, one update after `before`; puzzles that are under way count in part.
+
+        Where rows keep step, this is known; else it is asked, of a GPU, which waits for that, every 10th time.
+        """
+        cfg, step, B = self.model.cfg, before.steps_done + 1, self.model.cfg.batch_size
+        seen, finished = B * math.ceil(step / cfg.n_sup), B * step / cfg.n_sup
+        if cfg.act and step % 10 and self.s.is_cuda:
+            seen, finished = before.examples_seen, before.share * cfg.examples
+        elif cfg.act:
+            under_way = torch.where(self.done, 1.0, self.s.float() / cfg.n_sup).sum()
+            seen = self.seen.item()
+            finished = seen - B + total(under_way).item()
+        share = seconds / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
+        return Progress(share, step, seen, step * cfg.T * (cfg.n + 1), seconds)
+
+    def state_dict(self) -> dict:
+        rows = {name: everyones(getattr(self, name)) for name in ("row", "s", "noise", "y", "z", "done")}
+        return {"seen": self.seen, **rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen.copy_(state["seen"])
+        for name in state.keys() - {"seen"}:
+            setattr(self, name, mine(state[name]).to(self.seen.device))
 
 
 class Progress(NamedTuple):
@@ -945,30 +1028,58 @@ class Progress(NamedTuple):
     train_seconds: float = 0.0  # without what `watch` does
 
 
-def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple[LoopedModel, dict]:
+def parallel(model: LoopedModel) -> nn.Module:
+    """What to call for a step: the model; of several processes, one that averages their gradients, too."""
+    cfg = model.cfg
+    for net in model.nets if cfg.compile else ():
+        net.compile()
+    if processes()[1] == 1:
+        return model
+    for net in model.nets[: -cfg.n - 1] if cfg.untied else ():
+        net.requires_grad_(False)  # DDP waits for every gradient, and cycles before the last one have none
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def update(optimizers: list, factor: float) -> None:
+    """One step of all optimizers, at `factor` times their peak learning rates."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def follow(kept: LoopedModel, model: LoopedModel, rate: float) -> None:
+    """Move the averaged weights towards those of the model."""
+    for mean, p in zip(kept.parameters(), model.parameters(), strict=True):
+        mean.lerp_(p, rate)
+
+
+def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=None) -> tuple:
     """Train a fresh model on `data`, on the device that holds it; returns it (averaged if cfg.ema) and facts.
 
     Without halting, all rows of the batch keep step, and this is the paper's pair of loops:
         for x, y* in batches:  y, z <- y0, z0;  for s = 1 .. N_sup:  y, z <- step s;  loss; update; detach
     With halting, rows are done at different times, so each counts its own s and is replaced alone.
     `watch` is called with a `Progress` before the first step (loss None) and after every one; any text that
-    it returns ends training and becomes facts["stopped"].
+    it returns ends training and becomes facts["stopped"]. `keep`, a `Snapshots`, lets it be resumed.
     """
     torch.manual_seed(cfg.seed)
     model = LoopedModel(cfg).to(data.x.device)
-    kept = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
+    kept = copy.deepcopy(model) if cfg.ema else model
     optimizers, batch, phi = make_optimizers(model, cfg), Episodes(cfg, data, model), TARGETS[cfg.target]
-    at = Progress()
-    stopped = watch(at, None, kept)
+    at = keep.begin({"model": model, "kept": kept, "batch": batch}, optimizers) if keep else Progress()
+    net, stopped = parallel(model), watch(at, None, kept)
 
     while at.share < 1 and not stopped:
         began, step = time.perf_counter(), at.steps_done + 1
         puzzles = batch.advance()
         y_dagger = phi(puzzles, batch.s, cfg, batch.noise)  # [B, L]
 
-        y, z = (h + cfg.noise * torch.randn_like(h) if cfg.noise else h for h in (batch.y, batch.z))
+        y, z = (h + cfg.noise * draw_rows(torch.randn, h) if cfg.noise else h for h in (batch.y, batch.z))
         logits_u = model.readout(batch.y).detach() if cfg.awr or cfg.hinge else None
-        y, z = model(puzzles.x, y, z, batch.s)  # the latent step
+        y, z = net(puzzles.x, y, z, batch.s)  # the latent step
         logits_c = model.readout(y)  # [B, L, V]
         loss, done = step_loss(logits_u, logits_c, y_dagger, batch.s, cfg), batch.s == cfg.n_sup
         if cfg.act:
@@ -977,19 +1088,16 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple
 
         loss.backward()
         warm, cosine = min(1.0, step / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * at.share)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm * cosine
-            optimizer.step()
-            optimizer.zero_grad()
-        for mean, p in zip(kept.parameters(), model.parameters(), strict=True) if cfg.ema else ():
-            mean.lerp_(p.detach(), 1 - cfg.ema if step > 1 else 1.0)
+        update(optimizers, warm * cosine)
+        if cfg.ema:
+            follow(kept, model, 1 - cfg.ema if step > 1 else 1.0)
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
 
         seconds = at.train_seconds + time.perf_counter() - began
-        share = seconds / cfg.budget_seconds if cfg.budget_seconds else batch.finished() / cfg.examples
-        at = Progress(share, step, batch.seen.item(), step * cfg.T * (cfg.n + 1), seconds)
+        at = batch.progress(at, largest(seconds) if cfg.budget_seconds else seconds)
         stopped = watch(at, loss.detach(), kept)
+        if keep and (stopped == "interrupted" or keep.due(step)):
+            keep.save(at)
 
     facts = {**at._asdict(), "train_seconds": round(at.train_seconds, 2), "stopped": stopped}
     return kept, {name: facts[name] for name in facts if name != "share"}
@@ -1027,14 +1135,30 @@ def rollout(model: LoopedModel, x: torch.Tensor, steps=(), stop=None):
                 return
 
 
-def answer(model: LoopedModel, x: torch.Tensor, steps=(), stop=None, batch: int = 256) -> tuple:
-    """The last answers [N, L] to the puzzles x [N, L], and how many steps were taken for each [N]."""
-    answers, taken = torch.empty_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
-    for i in range(0, len(x), batch):
-        for count, step in enumerate(rollout(model, x[i : i + batch], steps, stop), 1):
+def at_once(model: LoopedModel, L: int, on_cpu: int) -> int:
+    """How many puzzles of L cells to evaluate at a time: on a GPU, as many as half its free memory holds.
+
+    A cell takes some vectors of D (x, y, z, sums of them), what SwiGLU computes, and logits for all guidance.
+    """
+    if model.y0.device.type != "cuda":
+        return on_cpu
+    inner = max(model.nets[0][0].swiglu.down.in_features, 2 * model.cfg.width)
+    cell = 4 * (8 * model.cfg.width + 4 * inner + 40 * len(legend(model.cfg)))  # bytes
+    return max(1, torch.cuda.mem_get_info(model.y0.device)[0] // 2 // (cell * L))
+
+
+def answer(model: LoopedModel, x: torch.Tensor, steps=(), stop=None, batch: int = 0) -> tuple:
+    """The last answers [N, L] to the puzzles x [N, L], and how many steps were taken for each [N].
+
+    Several processes share the batches, and all get all answers.
+    """
+    answers, taken = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    batch, (rank, count) = batch or at_once(model, x.shape[1], 256), processes()
+    for i in range(rank * batch, len(x), count * batch):
+        for k, step in enumerate(rollout(model, x[i : i + batch], steps, stop), 1):
             answers[i + step.rows] = step.logits_c.argmax(-1).to(x.dtype)
-            taken[i + step.rows] = count
-    return answers, taken
+            taken[i + step.rows] = k
+    return total(answers), total(taken)
 
 
 # What is measured of a puzzle at each step: is it solved; and, as means over its cells: the share that is
@@ -1075,30 +1199,34 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
     Beside them: the METRICS split by outcome, "solved" and "unsolved" (None where there are no such puzzles),
     and intervals [S, 2] for the means of gain and margin, from a bootstrap in which every puzzle counts
     Poisson(1) times; 95% for all S steps together (Bonferroni), infinite for fewer than about five puzzles.
-    Only sums are kept, so that memory does not grow with the number of puzzles.
+    Only sums are kept, so that memory does not grow with the number of puzzles; processes share the batches.
     `ws` [S][..]: guidance weights to try at each step.
     """
-    task, before, total, resampled = TASKS[model.cfg.task], model.forward_passes, {}, 0
-    generator = torch.Generator().manual_seed(0)
-    batch = batch or max(1, 12_000 // puzzles.x.shape[1])  # so many cells fit into any memory
-    for i in (starts := range(0, len(puzzles), batch)):
-        some = puzzles[i : i + batch]
+    task, before, sums, resampled, ran = TASKS[model.cfg.task], model.forward_passes, {}, 0, 0
+    generator, (rank, N) = torch.Generator().manual_seed(0), processes()
+    L = puzzles.x.shape[1]
+    batch = batch or at_once(model, L, max(1, 12_000 // L))  # so many cells fit into any memory
+    for k, i in enumerate(range(0, len(puzzles), batch)):
+        some, own = puzzles[i : i + batch], k % N == rank
+        draws = torch.poisson(torch.ones(RESAMPLES, len(some)), generator=generator).double()
+        if k and not own:  # of the first batch, all need the shapes
+            continue
+        ran += 1
         each = [
             measure(task, some, s, ws[k] if ws else ()) for k, s in enumerate(rollout(model, some.x, steps))
         ]
         each = {name: torch.stack([m[name] for m in each]).cpu().double() for name in each[0]}  # [S, B, ..]
-        each["count"] = one = torch.ones_like(each["exact"])
+        each = each if own else {name: torch.zeros_like(v) for name, v in each.items()}
+        each["count"] = one = torch.full_like(each["exact"], own)
         solved = each["exact"][-1]  # [B]
         groups = torch.stack([one[0], solved, 1 - solved])  # [3, B]
         for name, v in each.items():
-            total[name] = total.get(name, 0) + torch.einsum("gb,sb...->gs...", groups, v)
-        draws = torch.poisson(torch.ones(RESAMPLES, len(some)), generator=generator).double()
+            sums[name] = sums.get(name, 0) + torch.einsum("gb,sb...->gs...", groups, v)
         sample = torch.stack([each["gain"], each["margin"], one])  # [3, S, B]
         resampled = resampled + torch.einsum("rb,psb->psr", draws, sample)
-    count = total.pop("count")[:, 0]  # [3]
-    means = [
-        {k: (v[g] / count[g]).tolist() for k, v in total.items()} if count[g] else None for g in range(3)
-    ]
+    sums, resampled = {name: total(v) for name, v in sums.items()}, total(resampled)
+    count = sums.pop("count")[:, 0]  # [3]
+    means = [{k: (v[g] / count[g]).tolist() for k, v in sums.items()} if count[g] else None for g in range(3)]
     outcomes = [mean and {name: mean[name] for name in METRICS} for mean in means[1:]]
     tail, n = 0.025 / len(means[0]["exact"]), len(puzzles)
     ends, ratios = torch.tensor([tail, 1 - tail]).double(), resampled[:2] / resampled[2]  # [2], [2, S, R]
@@ -1108,7 +1236,7 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
     gain_interval, margin_interval = intervals
     curves = {**means[0], "gain_interval": gain_interval, "margin_interval": margin_interval}
     curves |= {"solved": outcomes[0], "unsolved": outcomes[1]}
-    return {"passes": (model.forward_passes - before) // len(starts), **curves}
+    return {"passes": (model.forward_passes - before) // ran, **curves}
 
 
 # Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first
@@ -1723,7 +1851,9 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 # §10  Files: written beside their place and renamed when complete; checked when read
 
 # may differ between training and a later evaluation
-RUN_OPTIONS = ("device", "out", "figures", "test_size", "think", "halt")
+RUN_OPTIONS = ("device", "out", "figures", "compile", "deterministic", "save_minutes", "precision")
+RUN_OPTIONS += ("test_size", "think", "halt")
+LATER_OPTIONS = tuple(name for name in RUN_OPTIONS if name != "precision")  # may differ when resumed, too
 FACTS = {
     "steps_done": int,
     "examples_seen": int,
@@ -1756,10 +1886,14 @@ def prepare_folder(out: Path) -> Path:
 
 def save_checkpoint(path: Path, model: LoopedModel, facts: dict) -> None:
     """Write what `load_checkpoint` reads. Raises `OSError` if it cannot; an older file then stays."""
-    content = io.BytesIO()
-    torch.save({"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts}, content)
+    write_whole(path, {"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts})
+
+
+def write_whole(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as beside:
-        beside.write_bytes(content.getvalue())
+        beside.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
@@ -1795,6 +1929,74 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
             only = getattr(trained, name)
             raise UserError(f"{flag(name)} {value}: --eval {path} allows only {only}, as trained")
     return model, facts
+
+
+class Snapshots:
+    """The state of a training in a file, from which it goes on as if it had never stopped.
+
+    It is written every cfg.save_minutes, or else by Ctrl-C; when the training is complete, it goes. Raises
+    `UserError` if it is to `resume`, and there is no such file, or one of another configuration.
+    """
+
+    def __init__(self, path: Path, cfg: Config, resume: bool = False):
+        self.path, self.cfg, self.saved, self.parts = path, cfg, time.monotonic(), {}
+        self.content = self.read() if resume else None
+
+    def read(self) -> dict:
+        wanted = "must be a training.pt that this program left when it was stopped"
+        if not self.path.is_file():
+            raise UserError(f"--resume: there is no {self.path}; {wanted}")
+        try:
+            if not zipfile.is_zipfile(self.path):
+                raise UserError("truncated")
+            content = dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            then, now = dict(content["config"]), asdict(self.cfg)
+        except Exception as e:  # what a damaged or foreign file makes torch.load raise has no end
+            why = str(e) if isinstance(e, UserError) else type(e).__name__
+            raise UserError(f"--resume: {self.path} is damaged ({why}); {wanted}") from e
+        other = [name for name in now if name not in LATER_OPTIONS and now[name] != then.get(name)]
+        if other:
+            said = ", ".join(f"{flag(name)} {now[name]}, not {then.get(name)}" for name in other)
+            raise UserError(f"--resume: {self.path} is of another run ({said}); all must be the same")
+        return content
+
+    def begin(self, parts: dict, optimizers: list) -> Progress:
+        """Take note of all that has a state; bring back the state of `content`, and say how far that is."""
+        self.parts |= parts | {f"optimizer {i}": of for i, of in enumerate(optimizers)}
+        if not self.content:
+            return Progress()
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.content[name])
+            torch.set_rng_state(self.content["random"])
+            if "random there" in self.content and self.device.type != "cpu":
+                torch.get_device_module(self.device).set_rng_state(self.content["random there"])
+            return Progress(**self.content["at"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise UserError(f"--resume: {self.path} is of another version of this program") from e
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts["batch"].seen.device
+
+    def due(self, step: int) -> bool:
+        """Is it time to save? All processes must say the same, so they are asked every tenth update."""
+        if not self.cfg.save_minutes or step % 10:
+            return False
+        return largest(time.monotonic() - self.saved) >= 60 * self.cfg.save_minutes
+
+    def save(self, at: Progress) -> None:
+        """Replace the file. If that fails, say so and keep the old one: training is worth more."""
+        content = {"config": asdict(self.cfg), "at": at._asdict(), "random": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            content["random there"] = torch.get_device_module(self.device).get_rng_state()
+        content |= {name: part.state_dict() for name, part in self.parts.items()}
+        try:
+            if processes()[0] == 0:
+                write_whole(self.path, content)
+        except OSError as e:
+            print(f"\nlrpi: {self.path}: {e.strerror}; not saved, training goes on", file=sys.stderr)
+        self.saved = time.monotonic()
 
 
 def load_trajectories(cfg: Config) -> Puzzles:
@@ -1838,11 +2040,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv) -> dict:
-    """The options that were given on the command line: fields of `Config`, `eval`, `compare` and `seeds`."""
+    """The options that were given on the command line: fields of `Config`, and what is an option besides."""
     parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
     parser.add_argument("--compare", metavar="LIST", help=COMPARE_HELP)
     parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
+    again = "go on where the same command was stopped, from the checkpoint in its folder"
+    parser.add_argument("--resume", action="store_true", help=again)
     own = {name: task.defaults for name, task in TASKS.items()} | SCHEMES
     for f in fields(Config):
 
@@ -1874,7 +2078,34 @@ def pick_device(name: str) -> torch.device:
     there = [device for device, available in DEVICES.items() if available()]
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: this machine has none; must be one of auto, {', '.join(there)}")
-    return torch.device(there[0] if name == "auto" else name)
+    name = there[0] if name == "auto" else name
+    return (
+        torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    )
+
+
+def set_up(cfg: Config, device: torch.device) -> None:
+    """Set what torch has global switches for."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")  # high is TF32
+        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS if deterministic
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+
+
+@contextmanager
+def joined_processes():
+    """Under torchrun, join the other processes; all but the first are silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if processes()[0] else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Watch:
@@ -1894,12 +2125,11 @@ class Watch:
     def __call__(self, at: Progress, loss: torch.Tensor | None, model: LoopedModel) -> str:
         self.losses += [] if loss is None else [loss]
         look = min(200, int(200 * at.share + 1e-6))
-        if look == self.looked and loss is not None and not self.interrupts:
+        alone = processes()[1] == 1  # several must hear of an interrupt at the same step
+        if look == self.looked and loss is not None and not (self.interrupts and alone):
             return ""
-        values, self.losses = (
-            torch.stack(self.losses).tolist() if self.losses else [],
-            [],
-        )  # waits for the GPU
+        values = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        values, self.losses = (total(values) / processes()[1]).tolist(), []  # waits for the GPU
         bad = [i for i, v in enumerate(values, at.steps_done - len(values) + 1) if not math.isfinite(v)]
         if bad or not all(v.isfinite().all() for v in model.state_dict().values()):
             model.load_state_dict(self.good[1])
@@ -1910,7 +2140,13 @@ class Watch:
         if loss is not None:
             tenth, self.looked = look // 20 > self.looked // 20, look
             self.show(at, sum(values) / len(values), model, tenth)
-        return "interrupted" if self.interrupts else ""
+        return "interrupted" if largest(len(self.interrupts)) else ""
+
+    def state_dict(self) -> dict:
+        return {"curve": self.curve, "looked": self.looked}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.curve, self.looked = state["curve"], state["looked"]
 
     def show(self, at: Progress, loss: float, model: LoopedModel, tenth: bool) -> None:
         """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
@@ -1958,32 +2194,42 @@ def print_thinking(found: dict) -> None:
         print(f"{f'{size} x {size}':18} " + " ".join(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
-def fit(cfg: Config, device: torch.device, interrupts: list) -> tuple[LoopedModel, dict]:
+def fit(cfg: Config, device: torch.device, interrupts: list, keep=None) -> tuple[LoopedModel, dict]:
     """A freshly trained model and the facts of its training, "curve" among them: what `Watch` measured."""
-    task = TASKS[cfg.task]
+    task, N = TASKS[cfg.task], processes()[1]
+    if cfg.batch_size % N:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the number of processes, {N}")
     if cfg.target == "file":
         data = load_trajectories(cfg)
     else:
         seen = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
         data = hardest(task.make(cfg, cfg.pick * seen, "train", cfg.seed), cfg.pick)
     watch = Watch(task.make(cfg, min(200, cfg.test_size), "valid").to(device), interrupts)
-    model, facts = train(cfg, data.to(device), watch)
+    if keep:
+        keep.parts["watch"] = watch
+    model, facts = train(cfg, data.to(device), watch, keep)
     return model, {**facts, "curve": watch.curve}
 
 
-def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[LoopedModel, dict, Path]:
+def obtain(given: dict, checkpoint: str | None, resume: bool, interrupts: list) -> tuple:
     """The model, loaded or freshly trained and saved; facts of its training; the folder for results."""
     model, facts = (None, {}) if checkpoint is None else load_checkpoint(checkpoint, **given)
     cfg = model.cfg if model else configure(**given)
     folder = Path(checkpoint).parent / "eval" if model else Path("runs") / f"{cfg.task}-{cfg.scheme}"
-    device, out = pick_device(cfg.device), prepare_folder(Path(cfg.out or folder))
+    device, folder = pick_device(cfg.device), Path(cfg.out or folder)
+    keep = None if model else Snapshots(folder / "training.pt", cfg, resume)
+    out = prepare_folder(folder)
+    set_up(cfg, device)
     if cfg.figures:
         pyplot()  # if it is missing, say so now and not after the training
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
     if not model:
-        model, facts = fit(cfg, device, interrupts)
-        save_checkpoint(out / "model.pt", model, facts)
-        if facts["stopped"]:
+        model, facts = fit(cfg, device, interrupts, keep)
+        if processes()[0] == 0:
+            save_checkpoint(out / "model.pt", model, facts)
+            if not facts["stopped"]:
+                keep.path.unlink(missing_ok=True)
+        if facts["stopped"] and processes()[0] == 0:
             print(f"\nlrpi: {facts['stopped']}; saved and now evaluated", file=sys.stderr)
     return model.to(device), facts, out
 
@@ -2061,7 +2307,7 @@ def read_run(path: Path, cfg: Config) -> dict | None:
         now, then = asdict(cfg), run["config"]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not a run of --compare; must be removed") from e
-    other = [flag(name) for name in now if name not in RUN_OPTIONS[:3] and then.get(name) != now[name]]
+    other = [flag(name) for name in now if name not in RUN_OPTIONS[:6] and then.get(name) != now[name]]
     if other:
         raise UserError(f"{path}: a run with other {', '.join(other)}; give another --out, or remove it")
     return run
@@ -2069,12 +2315,15 @@ def read_run(path: Path, cfg: Config) -> dict | None:
 
 def run_arm(cfg: Config, device: torch.device, path: Path, interrupts: list) -> dict | None:
     """Train one arm with one seed, and test it: what becomes the file `path`. None if interrupted."""
+    set_up(cfg, device)
     model, facts = fit(cfg, device, interrupts)
-    if interrupts:
+    if facts["stopped"] == "interrupted":
         return None
     found = evaluate(model, TASKS[cfg.task].make(cfg, cfg.test_size, "test").to(device))
     run = {"seed": cfg.seed, **facts, "exact": found["exact"], "passes": found["passes"]}
     run |= {"params": sum(p.numel() for p in model.parameters()), "config": asdict(cfg)}
+    if processes()[0]:
+        return run
     save_checkpoint(path.with_suffix(".pt"), model, facts)
     with replacing(path) as beside:
         beside.write_text(json.dumps(readable(run), indent=1))
@@ -2117,6 +2366,8 @@ def compare(given: dict, text: str, seeds: str, interrupts: list) -> int:
             + f"; {run['stopped']}" * bool(run["stopped"])
         )
     found = {name: {**summarise(of), "runs": of} for name, of in runs.items()}
+    if processes()[0]:
+        return 0
     print_comparison(found)
     with replacing(out / "compare.json") as beside:
         beside.write_text(
@@ -2150,14 +2401,16 @@ def print_comparison(found: dict) -> None:
 
 def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
-    checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
+    checkpoint, arms, seeds, resume = (given.pop(name) for name in ("eval", "compare", "seeds", "resume"))
+    if resume and (checkpoint or arms) is not None:
+        raise UserError("--resume: must go without --eval and --compare")
     if checkpoint is not None and arms is not None:
         raise UserError(f"--eval {checkpoint}: must go without --compare")
     if arms is not None:
         return compare(given, arms, seeds or "1", interrupts)
     if seeds is not None:
         raise UserError(f"--seeds {seeds}: must go with --compare")
-    model, facts, out = obtain(given, checkpoint, interrupts)
+    model, facts, out = obtain(given, checkpoint, resume, interrupts)
     fresh = checkpoint is None
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
     test = make(cfg, cfg.test_size, "test").to(model.y0.device)
@@ -2173,6 +2426,8 @@ def run(given: dict, started: float, interrupts: list) -> int:
     print(
         f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters"
     )
+    if processes()[0]:
+        return 0
     drawn = draw_all(model, test, found, longer, out) if cfg.figures else []
     written = ["model.pt"] * fresh + ["metrics.json", *drawn]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
@@ -2197,9 +2452,11 @@ def main(argv=None, started: float | None = None) -> int:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        return run(parse(argv), time.perf_counter() if started is None else started, interrupts)
+        with joined_processes():
+            return run(parse(argv), time.perf_counter() if started is None else started, interrupts)
     except UserError as e:
-        print(f"lrpi: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"lrpi: {e}", file=sys.stderr)
     except OSError as e:
         print(f"lrpi: {e.filename or '--out'}: {e.strerror}; must be a place to write to", file=sys.stderr)
     finally:
