@@ -112,6 +112,7 @@ class Config:
 
     task: str = option("maze", "what to solve", choices=lambda: TASKS)
     scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
+    preset: str = option("none", "sizes and rates of published models", choices=lambda: ("none", *PRESETS))
     size: int = option(11, "side of the grid in cells; of a maze, every second one is a room", 4, 61)
     blanks: int = option(0, "sudoku: empty cells at most, up to 2/3 of all; 0: half of all", 0, 54)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
@@ -158,6 +159,7 @@ class Config:
     noise: float = option(0.2, "std of what is added to y and z before each step in training", 0.0, 10.0)
     step_index: bool = option(False, "tell the model which step it is at")
     feedback: bool = option(False, "from step 2 on, show the model its last answer in place of the puzzle")
+    stablemax: bool = option(False, "make policies by TRM's stablemax and not by softmax")
     untied: bool = option(False, "weights of its own for every forward pass of a step")
 
     train_size: int = option(20000, "puzzles to train on, at most: no more are made than get seen", 1, 10**8)
@@ -166,10 +168,14 @@ class Config:
     examples: int = option(12000, "puzzles to train on, counting repetitions", 1, 10**10)
     budget_seconds: float = option(0.0, "train for so long, not for so many examples; 0: no", 0.0, 1e9)
     batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
-    lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
+    optimizer: str = option(
+        "muon", "muon: of matrices, AdamW of all else; others: of all", choices=lambda: OPTIMIZERS
+    )
+    lr: float = option(0.01, "peak learning rate, with muon of embeddings, convolutions, readout", 0.0)
     muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
-    warmup: int = option(100, "steps of linear warm-up, on top of a cosine that ends at 0", 0, 10**9)
+    warmup: int = option(100, "steps of linear warm-up of the learning rates", 0, 10**9)
+    cosine: bool = option(True, "let the learning rates fall to 0 along a cosine")
     ema: float = option(0.998, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
 
     def __post_init__(self):
@@ -218,9 +224,10 @@ def flag(name: str) -> str:
 
 
 def configure(**given) -> Config:
-    """The configuration for a task (`maze`), in a scheme (the task's own), with all `given` fields on top."""
+    """The configuration for a task (`maze`) and a preset (none), in a scheme, with all `given` fields on top."""
     task = given.get("task", Config.task)
     defaults = TASKS[task].defaults if task in TASKS else {}
+    defaults = {**defaults, **PRESETS.get(given.get("preset"), {})}
     scheme = given.get("scheme", defaults.get("scheme"))
     return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
@@ -234,6 +241,31 @@ SCHEMES = {  # what each changes of the task's defaults                forward p
     "one-pass": {"target": "final", "n": 17, "n_sup": 1, "untied": True},  #          1 * 1 * 18 = 18
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
     "trm-medium": {**TRM, "T": 1, "n": 2, "n_sup": 16},  #                             16 * 1 * 3 = 48
+}
+
+TRM_RECIPE = {"mixer": "attention", "ffn": 0, "recall": False, "noise": 0.0, "pick": 1, "stablemax": True}
+TRM_RECIPE |= {"lr": 1e-4, "weight_decay": 0.1, "warmup": 2000, "cosine": False, "batch_size": 768}
+TRM_RECIPE |= {"examples": 1_000_000, "hinge": 0.0}
+DIS_RECIPE = {**TRM_RECIPE, "scheme": "dis", "target": "reveal", "power": 1.0, "linear": True, "ema": 0.0}
+DIS_RECIPE |= {"step_index": True, "feedback": True, "optimizer": "adamw"}
+TRM_SIZE = {"width": 512, "layers": 2, "heads": 8}
+PRESETS = {  # what each changes of the task's defaults                                              parameters
+    "paper-compact": {
+        **DIS_RECIPE,
+        "width": 256,
+        "layers": 1,
+        "heads": 4,
+    },  #                            0.8 M
+    "paper-medium": {
+        **DIS_RECIPE,
+        **TRM_SIZE,
+    },  #                                                        6.8 M
+    "trm": {
+        **TRM_RECIPE,
+        **TRM_SIZE,
+        "scheme": "trm",
+        "optimizer": "adam-atan2",
+    },  #                     6.8 M
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,9 +501,17 @@ def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def linear(d_in: int, d_out: int) -> nn.Linear:
+class Stablemax(nn.Linear):
+    """A readout whose softmax is TRM's stablemax s(v) / sum s(v), s(v) = v + 1 from 0 on, 1 / (1 - v) below."""
+
+    def forward(self, h):
+        v = super().forward(h)
+        return torch.where(v >= 0, v.clamp(min=0).log1p(), -v.neg().clamp(min=0).log1p())  # log s(v)
+
+
+def linear(d_in: int, d_out: int, kind=nn.Linear) -> nn.Linear:
     """A bias-free linear layer with LeCun initialisation."""
-    layer = nn.Linear(d_in, d_out, bias=False)
+    layer = kind(d_in, d_out, bias=False)
     lecun_(layer.weight, d_in)
     return layer
 
@@ -602,7 +642,7 @@ class LoopedModel(nn.Module):
         self.nets = nn.ModuleList([net, *(copy.deepcopy(net) for _ in range(copies))])
         self.tokens = nn.Embedding(V, D)
         lecun_(self.tokens.weight, D)
-        self.readout = linear(D, V)  # f_O
+        self.readout = linear(D, V, Stablemax if cfg.stablemax else nn.Linear)  # f_O
         if cfg.step_index:
             self.step_table = nn.Parameter(torch.zeros(cfg.n_sup, D))
         if cfg.recall:
@@ -920,15 +960,41 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(orthogonal(p.grad.lerp(m, 0.95)), alpha=size)
 
 
+class AdamAtan2(torch.optim.Optimizer):
+    """Adam that divides by atan2(m, √v), TRM's choice: needs no epsilon, and no step exceeds lr π / 2."""
+
+    def __init__(self, params, lr: float, betas: tuple, weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                zero = {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                state = self.state[p] = self.state[p] or zero
+                state["t"] += 1
+                m = state["m"].lerp_(p.grad, 1 - b1) / (1 - b1 ** state["t"])
+                v = state["v"].lerp_(p.grad.square(), 1 - b2) / (1 - b2 ** state["t"])
+                p.mul_(1 - lr * group["weight_decay"]).sub_(torch.atan2(m, v.sqrt()), alpha=lr)
+
+
+OPTIMIZERS = {  # of the weights that Muon does not train
+    "muon": functools.partial(torch.optim.AdamW, fused=True),
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "adam-atan2": AdamAtan2,
+}
+
+
 def make_optimizers(model: LoopedModel, cfg: Config) -> list:
-    """Muon for the matrices inside the blocks, AdamW for all other weights."""
-    matrices = [p for p in model.nets.parameters() if p.ndim == 2]
+    """Muon for the matrices inside the blocks and AdamW for all other weights, or one of others for all."""
+    matrices = [p for p in model.nets.parameters() if p.ndim == 2 and cfg.optimizer == "muon"]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon = Muon(matrices, cfg.muon_lr, cfg.weight_decay)
-    adam = torch.optim.AdamW(others, cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    for group in muon.param_groups + adam.param_groups:
+    adam = OPTIMIZERS[cfg.optimizer](others, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizers = [Muon(matrices, cfg.muon_lr, cfg.weight_decay), adam] if matrices else [adam]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
-    return [muon, adam]
+    return optimizers
 
 
 def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
@@ -1087,7 +1153,8 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=Non
             loss, done = loss + act_loss, done | may_go
 
         loss.backward()
-        warm, cosine = min(1.0, step / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * at.share)
+        warm = min(1.0, step / (cfg.warmup + 1))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * at.share) if cfg.cosine else 1.0
         update(optimizers, warm * cosine)
         if cfg.ema:
             follow(kept, model, 1 - cfg.ema if step > 1 else 1.0)
@@ -2048,6 +2115,7 @@ def parse(argv) -> dict:
     again = "go on where the same command was stopped, from the checkpoint in its folder"
     parser.add_argument("--resume", action="store_true", help=again)
     own = {name: task.defaults for name, task in TASKS.items()} | SCHEMES
+    own |= {f"preset {name}": of for name, of in PRESETS.items()}
     for f in fields(Config):
 
         def read(text, f=f):
