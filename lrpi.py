@@ -84,6 +84,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 # ------------------------------------------------------------------------------------------------------------
 # §1  Configuration: every number that a run depends on, and the training schemes as data
@@ -224,7 +225,7 @@ def flag(name: str) -> str:
 
 
 def configure(**given) -> Config:
-    """The configuration for a task (`maze`) and a preset (none), in a scheme, with all `given` fields on top."""
+    """The configuration for a task (`maze`), with a preset (none) and a scheme, and all `given` on top."""
     task = given.get("task", Config.task)
     defaults = TASKS[task].defaults if task in TASKS else {}
     defaults = {**defaults, **PRESETS.get(given.get("preset"), {})}
@@ -249,23 +250,10 @@ TRM_RECIPE |= {"examples": 1_000_000, "hinge": 0.0}
 DIS_RECIPE = {**TRM_RECIPE, "scheme": "dis", "target": "reveal", "power": 1.0, "linear": True, "ema": 0.0}
 DIS_RECIPE |= {"step_index": True, "feedback": True, "optimizer": "adamw"}
 TRM_SIZE = {"width": 512, "layers": 2, "heads": 8}
-PRESETS = {  # what each changes of the task's defaults                                              parameters
-    "paper-compact": {
-        **DIS_RECIPE,
-        "width": 256,
-        "layers": 1,
-        "heads": 4,
-    },  #                            0.8 M
-    "paper-medium": {
-        **DIS_RECIPE,
-        **TRM_SIZE,
-    },  #                                                        6.8 M
-    "trm": {
-        **TRM_RECIPE,
-        **TRM_SIZE,
-        "scheme": "trm",
-        "optimizer": "adam-atan2",
-    },  #                     6.8 M
+PRESETS = {  # what each changes of the task's defaults
+    "paper-compact": {**DIS_RECIPE, "width": 256, "layers": 1, "heads": 4},  # 0.8 million parameters
+    "paper-medium": {**DIS_RECIPE, **TRM_SIZE},  # 7 million, as the next
+    "trm": {**TRM_RECIPE, **TRM_SIZE, "scheme": "trm", "optimizer": "adam-atan2"},
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -502,7 +490,7 @@ def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
 
 
 class Stablemax(nn.Linear):
-    """A readout whose softmax is TRM's stablemax s(v) / sum s(v), s(v) = v + 1 from 0 on, 1 / (1 - v) below."""
+    """A readout whose softmax is TRM's stablemax: s(v) / sum s(v), s(v) = 1 + v or, below 0, 1 / (1 - v)."""
 
     def forward(self, h):
         v = super().forward(h)
@@ -1061,7 +1049,7 @@ class Episodes:
     def progress(self, before: "Progress", seconds: float) -> "Progress":
         """How far training is, one update after `before`; puzzles that are under way count in part.
 
-        Where rows keep step, this is known; else it is asked, of a GPU, which waits for that, every 10th time.
+        Where rows keep step, this is known; else it is asked, a GPU every 10th time, as it waits for that.
         """
         cfg, step, B = self.model.cfg, before.steps_done + 1, self.model.cfg.batch_size
         seen, finished = B * math.ceil(step / cfg.n_sup), B * step / cfg.n_sup
@@ -1094,11 +1082,16 @@ class Progress(NamedTuple):
     train_seconds: float = 0.0  # without what `watch` does
 
 
+def compiled(model: LoopedModel) -> LoopedModel:
+    """The model, its nets compiled if cfg.compile."""
+    for net in model.nets if model.cfg.compile else ():
+        net.compile()
+    return model
+
+
 def parallel(model: LoopedModel) -> nn.Module:
     """What to call for a step: the model; of several processes, one that averages their gradients, too."""
-    cfg = model.cfg
-    for net in model.nets if cfg.compile else ():
-        net.compile()
+    cfg = compiled(model).cfg
     if processes()[1] == 1:
         return model
     for net in model.nets[: -cfg.n - 1] if cfg.untied else ():
@@ -2114,6 +2107,8 @@ def parse(argv) -> dict:
     parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
     again = "go on where the same command was stopped, from the checkpoint in its folder"
     parser.add_argument("--resume", action="store_true", help=again)
+    fast = "measure how fast training and evaluation are, and do neither; see bench.json in the folder"
+    parser.add_argument("--bench", action="store_true", help=fast)
     own = {name: task.defaults for name, task in TASKS.items()} | SCHEMES
     own |= {f"preset {name}": of for name, of in PRESETS.items()}
     for f in fields(Config):
@@ -2262,11 +2257,16 @@ def print_thinking(found: dict) -> None:
         print(f"{f'{size} x {size}':18} " + " ".join(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
+def check_share(cfg: Config) -> None:
+    """Raise `UserError` unless all processes can have as many rows of the batch."""
+    if cfg.batch_size % (N := processes()[1]):
+        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the number of processes, {N}")
+
+
 def fit(cfg: Config, device: torch.device, interrupts: list, keep=None) -> tuple[LoopedModel, dict]:
     """A freshly trained model and the facts of its training, "curve" among them: what `Watch` measured."""
-    task, N = TASKS[cfg.task], processes()[1]
-    if cfg.batch_size % N:
-        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the number of processes, {N}")
+    task = TASKS[cfg.task]
+    check_share(cfg)
     if cfg.target == "file":
         data = load_trajectories(cfg)
     else:
@@ -2298,8 +2298,9 @@ def obtain(given: dict, checkpoint: str | None, resume: bool, interrupts: list) 
             if not facts["stopped"]:
                 keep.path.unlink(missing_ok=True)
         if facts["stopped"] and processes()[0] == 0:
-            print(f"\nlrpi: {facts['stopped']}; saved and now evaluated", file=sys.stderr)
-    return model.to(device), facts, out
+            goes_on = "; --resume goes on with training" * (facts["stopped"] == "interrupted")
+            print(f"\nlrpi: {facts['stopped']}; saved and now evaluated{goes_on}", file=sys.stderr)
+    return compiled(model.to(device)), facts, out
 
 
 def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: Path) -> list[str]:
@@ -2467,11 +2468,121 @@ def print_comparison(found: dict) -> None:
         print(f"{line}  {of['train_seconds']:7.0f}")
 
 
+BENCH_SECONDS = 5.0  # to measure for
+
+
+def wait_for(device: torch.device) -> float:
+    """The time at which the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+def product_speed(cfg: Config, device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the precision of the net: the best of ten, of every process."""
+    n, dtype = (
+        8192 if device.type == "cuda" else 2048,
+        torch.bfloat16 if in_bf16(cfg, device) else torch.float32,
+    )
+    a, times = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(10):
+        began = wait_for(device)
+        a @ a
+        times.append(wait_for(device) - began)
+    return processes()[1] * 2 * n**3 / min(times)
+
+
+def training_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
+    """Examples and applications of the net to a batch, a second; FLOPs of an update, counted by shape."""
+    with FlopCounterMode(display=False) as counter:
+        train(replace(cfg, compile=False), data, lambda at, loss, model: "one" * at.steps_done)
+    marks = []
+
+    def watch(at, loss, model):  # from update 5 on, when caches are warm and all is compiled
+        if at.steps_done == 5 or marks and largest(time.perf_counter() - marks[0][0]) > BENCH_SECONDS:
+            marks.append((wait_for(device), at))
+        return "enough" * (len(marks) == 2)
+
+    train(cfg, data, watch)
+    (began, first), (ended, last) = marks
+    examples, updates = (last.share - first.share) * cfg.examples, last.steps_done - first.steps_done
+    passes = last.train_passes - first.train_passes
+    return speeds(
+        examples, passes, updates * processes()[1] * counter.get_total_flops(), ended - began, device
+    )
+
+
+def evaluation_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
+    """The same for answers to puzzles, in batches as large as `answer` makes them."""
+    model, N = compiled(LoopedModel(cfg).to(device)), processes()[1]
+    batch = at_once(model, data.x.shape[1], 256)
+    x, calls = data.x[torch.arange(N * batch, device=device) % len(data)], 0
+    with FlopCounterMode(display=False) as counter:
+        answer(LoopedModel(cfg).to(device), x)
+    answer(model, x)
+    before, began = model.forward_passes, wait_for(device)
+    while largest(wait_for(device) - began) < BENCH_SECONDS:
+        answer(model, x)
+        calls += 1
+    took, passes = wait_for(device) - began, model.forward_passes - before
+    return speeds(calls * len(x), N * passes, N * calls * counter.get_total_flops(), took, device)
+
+
+def speeds(examples: float, passes: int, flops: int, seconds: float, device: torch.device) -> dict:
+    """What --bench says of training or evaluation. Memory: of tensors on CUDA, else of the whole process."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        import resource  # there is none on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rates = {"examples_per_second": examples / seconds, "passes_per_second": passes / seconds}
+    return {**rates, "flops_per_second": flops / seconds, "peak_bytes": peak}
+
+
+def print_speeds(found: dict) -> None:
+    product = found["product_flops_per_second"]
+    print(f"{found['processes']} x {found['device']}: a matrix product makes {product / 1e9:.0f} GFLOP/s\n")
+    print(f"{'':10}  examples/s  passes/s   GFLOP/s  of a product  peak MB")
+    for what in ("training", "evaluation"):
+        examples, passes, flops, peak = found[what].values()
+        line = f"{what:10}  {examples:10.1f}  {passes:8.1f}  {flops / 1e9:8.1f}  {flops / product:12.0%}"
+        print(f"{line}  {peak / 1e6:7.0f}")
+
+
+def bench(given: dict) -> int:
+    """Print, and write to bench.json, how fast this configuration trains and evaluates, and how well it uses
+    the machine: its FLOP/s against those of a large matrix product, measured in the same run."""
+    cfg = configure(**given)
+    check_share(cfg)
+    device, out = pick_device(cfg.device), prepare_folder(Path(cfg.out or f"runs/{cfg.task}-{cfg.scheme}"))
+    set_up(cfg, device)
+    data = TASKS[cfg.task].make(cfg, min(cfg.batch_size, 200), "train", cfg.seed).to(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    found = {"device": name, "processes": processes()[1], "threads": torch.get_num_threads()}
+    found["product_flops_per_second"] = product_speed(cfg, device)
+    long = replace(cfg, examples=10**10, budget_seconds=0.0)
+    found["training"] = training_speed(long, data, device)
+    found["evaluation"] = evaluation_speed(cfg, data, device)
+    if processes()[0] == 0:
+        print_speeds(found)
+        with replacing(out / "bench.json") as beside:
+            found |= {"torch": torch.__version__, "config": asdict(cfg)}
+            beside.write_text(json.dumps(readable(found), indent=1))
+        print(f"\nwrote {out / 'bench.json'}")
+    return 0
+
+
 def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
-    checkpoint, arms, seeds, resume = (given.pop(name) for name in ("eval", "compare", "seeds", "resume"))
-    if resume and (checkpoint or arms) is not None:
-        raise UserError("--resume: must go without --eval and --compare")
+    checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
+    resume, benches = given.pop("resume"), given.pop("bench")
+    for name, on in {"resume": resume, "bench": benches}.items():
+        if on and ((checkpoint, arms) != (None, None) or resume and benches):
+            raise UserError(f"--{name}: must go without --eval, --compare and the like")
+    if benches:
+        return bench(given)
     if checkpoint is not None and arms is not None:
         raise UserError(f"--eval {checkpoint}: must go without --compare")
     if arms is not None:
