@@ -84,7 +84,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # ------------------------------------------------------------------------------------------------------------
 # §1  Configuration: every number that a run depends on, and the training schemes as data
@@ -2469,6 +2469,13 @@ def print_comparison(found: dict) -> None:
 
 
 BENCH_SECONDS = 5.0  # to measure for
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+CPU_FLOPS = {  # torch counts attention on a GPU only
+    getattr(torch.ops.aten, ATTENTION): lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    getattr(torch.ops.aten, f"{ATTENTION}_backward"): lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
 
 
 def wait_for(device: torch.device) -> float:
@@ -2494,7 +2501,7 @@ def product_speed(cfg: Config, device: torch.device) -> float:
 
 def training_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
     """Examples and applications of the net to a batch, a second; FLOPs of an update, counted by shape."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
         train(replace(cfg, compile=False), data, lambda at, loss, model: "one" * at.steps_done)
     marks = []
 
@@ -2517,7 +2524,7 @@ def evaluation_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
     model, N = compiled(LoopedModel(cfg).to(device)), processes()[1]
     batch = at_once(model, data.x.shape[1], 256)
     x, calls = data.x[torch.arange(N * batch, device=device) % len(data)], 0
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
         answer(LoopedModel(cfg).to(device), x)
     answer(model, x)
     before, began = model.forward_passes, wait_for(device)
