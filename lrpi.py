@@ -2585,13 +2585,12 @@ def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
     checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
     resume, benches = given.pop("resume"), given.pop("bench")
-    for name, on in {"resume": resume, "bench": benches}.items():
-        if on and ((checkpoint, arms) != (None, None) or resume and benches):
-            raise UserError(f"--{name}: must go without --eval, --compare and the like")
+    modes = {"--eval": checkpoint is not None, "--compare": arms is not None, "--resume": resume}
+    several = [name for name, on in {**modes, "--bench": benches}.items() if on]
+    if len(several) > 1:
+        raise UserError(f"{several[0]}{f' {checkpoint}' * modes['--eval']}: must go without {several[1]}")
     if benches:
         return bench(given)
-    if checkpoint is not None and arms is not None:
-        raise UserError(f"--eval {checkpoint}: must go without --compare")
     if arms is not None:
         return compare(given, arms, seeds or "1", interrupts)
     if seeds is not None:

@@ -1725,7 +1725,7 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--resume"], ["--resume", "there is no runs/maze-dis/training.pt"]),
     (["--resume", "--eval", "model.pt"], ["--resume", "--eval"]),
     (["--bench", "--compare", "dis"], ["--bench", "--compare"]),
-    (["--bench", "--resume"], ["--bench"]),
+    (["--bench", "--resume"], ["--resume", "--bench"]),
     (["--preset", "huge"], ["--preset huge", "none, paper-compact, paper-medium, trm"]),
     (["--precision", "fp8"], ["--precision fp8", "auto, fp32, tf32, bf16"]),
     (["--optimizer", "sgd"], ["--optimizer sgd", "muon, adamw, adam-atan2"]),
@@ -2368,7 +2368,7 @@ with lrpi.joined_processes():
         stop = lrpi.stopping("kl", 1e-3)
         found[name]["answers"] = [t.tolist() for t in lrpi.answer(model, test.x, stop=stop, batch=20)]
     try:
-        lrpi.fit(lrpi.configure(batch_size=3), torch.device("cpu"), [])
+        lrpi.check_share(lrpi.configure(batch_size=3))
     except lrpi.UserError as e:
         found["error"] = str(e)
     if lrpi.processes()[0] == 0:
@@ -2385,7 +2385,7 @@ def close(a, b, atol):
 
 
 def torchrun(*args, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     return subprocess.run([*command, *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True,
                           timeout=300, check=False)  # fmt: skip
