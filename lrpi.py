@@ -84,7 +84,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # §1  Configuration: every number that a run depends on, and the training schemes as data
@@ -613,6 +617,7 @@ class Block(nn.Module):
 
 
 def in_bf16(cfg: Config, device: torch.device) -> bool:
+    """Are the matrix products inside the net in bfloat16, on this device?"""
     return cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
 
 
@@ -942,14 +947,16 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                if not (state := self.state[p]):
+                    state["m"] = torch.zeros_like(p)
+                m = state["m"].lerp_(p.grad, 0.05)
                 size = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(orthogonal(p.grad.lerp(m, 0.95)), alpha=size)
 
 
 class AdamAtan2(torch.optim.Optimizer):
-    """Adam that divides by atan2(m, √v), TRM's choice: needs no epsilon, and no step exceeds lr π / 2."""
+    """Adam with atan2(m, √v) for m / (√v + ε), TRM's choice: no ε, and no step longer than lr π / 2."""
 
     def __init__(self, params, lr: float, betas: tuple, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -959,8 +966,8 @@ class AdamAtan2(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                zero = {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-                state = self.state[p] = self.state[p] or zero
+                if not (state := self.state[p]):
+                    state |= {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 state["t"] += 1
                 m = state["m"].lerp_(p.grad, 1 - b1) / (1 - b1 ** state["t"])
                 v = state["v"].lerp_(p.grad.square(), 1 - b2) / (1 - b2 ** state["t"])
@@ -1204,7 +1211,8 @@ def at_once(model: LoopedModel, L: int, on_cpu: int) -> int:
         return on_cpu
     inner = max(model.nets[0][0].swiglu.down.in_features, 2 * model.cfg.width)
     cell = 4 * (8 * model.cfg.width + 4 * inner + 40 * len(legend(model.cfg)))  # bytes
-    return max(1, torch.cuda.mem_get_info(model.y0.device)[0] // 2 // (cell * L))
+    fit = torch.cuda.mem_get_info(model.y0.device)[0] // 2 // (cell * L)
+    return min(4096, max(1, fit))  # `evaluate` draws RESAMPLES numbers for each
 
 
 def answer(model: LoopedModel, x: torch.Tensor, steps=(), stop=None, batch: int = 0) -> tuple:
@@ -1910,10 +1918,9 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 # §10  Files: written beside their place and renamed when complete; checked when read
 
-# may differ between training and a later evaluation
-RUN_OPTIONS = ("device", "out", "figures", "compile", "deterministic", "save_minutes", "precision")
-RUN_OPTIONS += ("test_size", "think", "halt")
-LATER_OPTIONS = tuple(name for name in RUN_OPTIONS if name != "precision")  # may differ when resumed, too
+HOW = ("device", "out", "figures", "compile", "deterministic", "save_minutes")  # nothing that results tell
+LATER_OPTIONS = (*HOW, "test_size", "think", "halt")  # may differ when training is resumed
+RUN_OPTIONS = (*LATER_OPTIONS, "precision")  # may differ between training and a later evaluation
 FACTS = {
     "steps_done": int,
     "examples_seen": int,
@@ -2142,9 +2149,7 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: this machine has none; must be one of auto, {', '.join(there)}")
     name = there[0] if name == "auto" else name
-    return (
-        torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-    )
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
 
 
 def set_up(cfg: Config, device: torch.device) -> None:
@@ -2376,7 +2381,7 @@ def read_run(path: Path, cfg: Config) -> dict | None:
         now, then = asdict(cfg), run["config"]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not a run of --compare; must be removed") from e
-    other = [flag(name) for name in now if name not in RUN_OPTIONS[:6] and then.get(name) != now[name]]
+    other = [flag(name) for name in now if name not in HOW and then.get(name) != now[name]]
     if other:
         raise UserError(f"{path}: a run with other {', '.join(other)}; give another --out, or remove it")
     return run
@@ -2471,10 +2476,8 @@ def print_comparison(found: dict) -> None:
 BENCH_SECONDS = 5.0  # to measure for
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 CPU_FLOPS = {  # torch counts attention on a GPU only
-    getattr(torch.ops.aten, ATTENTION): lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    getattr(torch.ops.aten, f"{ATTENTION}_backward"): lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
+    getattr(torch.ops.aten, ATTENTION): lambda *s, **_: sdpa_flop_count(*s[:3]),  # of the tensors' shapes
+    getattr(torch.ops.aten, f"{ATTENTION}_backward"): lambda *s, **_: sdpa_backward_flop_count(*s[:4]),
 }
 
 
@@ -2487,11 +2490,8 @@ def wait_for(device: torch.device) -> float:
 
 def product_speed(cfg: Config, device: torch.device) -> float:
     """FLOP/s of a large matrix product in the precision of the net: the best of ten, of every process."""
-    n, dtype = (
-        8192 if device.type == "cuda" else 2048,
-        torch.bfloat16 if in_bf16(cfg, device) else torch.float32,
-    )
-    a, times = torch.randn(n, n, device=device, dtype=dtype), []
+    n, times = 8192 if device.type == "cuda" else 2048, []
+    a = torch.randn(n, n, device=device).to(torch.bfloat16 if in_bf16(cfg, device) else torch.float32)
     for _ in range(10):
         began = wait_for(device)
         a @ a
@@ -2513,10 +2513,8 @@ def training_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
     train(cfg, data, watch)
     (began, first), (ended, last) = marks
     examples, updates = (last.share - first.share) * cfg.examples, last.steps_done - first.steps_done
-    passes = last.train_passes - first.train_passes
-    return speeds(
-        examples, passes, updates * processes()[1] * counter.get_total_flops(), ended - began, device
-    )
+    passes, flops = last.train_passes - first.train_passes, processes()[1] * counter.get_total_flops()
+    return speeds(examples, passes, updates * flops, ended - began, device)
 
 
 def evaluation_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
@@ -2565,13 +2563,14 @@ def bench(given: dict) -> int:
     check_share(cfg)
     device, out = pick_device(cfg.device), prepare_folder(Path(cfg.out or f"runs/{cfg.task}-{cfg.scheme}"))
     set_up(cfg, device)
-    data = TASKS[cfg.task].make(cfg, min(cfg.batch_size, 200), "train", cfg.seed).to(device)
+    make, few = TASKS[cfg.task].make, min(cfg.batch_size, 200)
+    data = load_trajectories(cfg) if cfg.target == "file" else make(cfg, few, "train", cfg.seed)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     found = {"device": name, "processes": processes()[1], "threads": torch.get_num_threads()}
     found["product_flops_per_second"] = product_speed(cfg, device)
     long = replace(cfg, examples=10**10, budget_seconds=0.0)
-    found["training"] = training_speed(long, data, device)
-    found["evaluation"] = evaluation_speed(cfg, data, device)
+    found["training"] = training_speed(long, data.to(device), device)
+    found["evaluation"] = evaluation_speed(cfg, data.to(device), device)
     if processes()[0] == 0:
         print_speeds(found)
         with replacing(out / "bench.json") as beside:
@@ -2589,12 +2588,12 @@ def run(given: dict, started: float, interrupts: list) -> int:
     several = [name for name, on in {**modes, "--bench": benches}.items() if on]
     if len(several) > 1:
         raise UserError(f"{several[0]}{f' {checkpoint}' * modes['--eval']}: must go without {several[1]}")
+    if seeds is not None and arms is None:
+        raise UserError(f"--seeds {seeds}: must go with --compare")
     if benches:
         return bench(given)
     if arms is not None:
         return compare(given, arms, seeds or "1", interrupts)
-    if seeds is not None:
-        raise UserError(f"--seeds {seeds}: must go with --compare")
     model, facts, out = obtain(given, checkpoint, resume, interrupts)
     fresh = checkpoint is None
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
