@@ -37,6 +37,10 @@ THE COMMANDS
   python lrpi.py --compare trm,dis,final        train by each scheme and compare; --seeds 3: thrice each
   python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint again; --halt: stop early; --think 24:
                                                 take 24 steps; --size 21: on larger mazes
+  python lrpi.py --preset paper-medium          the sizes and rates of a published model; also: trm
+  python lrpi.py --resume                       go on where the same command was stopped
+  python lrpi.py --bench                        how fast it is here; --device, --precision, --compile: on a GPU
+  torchrun --nproc_per_node=2 lrpi.py           the same in two processes; goes with all of these
   python lrpi.py --help                         every option, its meaning and its range
 
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
@@ -54,7 +58,7 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax), and the last answer is not fed back as input (--linear and --feedback do as the paper). Muon
-    trains the matrices inside the blocks and AdamW all else, and weights are averaged.
+    trains the matrices inside the blocks and AdamW all else, and weights are averaged. --preset undoes these.
   - Training takes the longer of every two mazes made (--pick): long solutions are rare, and learnt last.
 """
 
