@@ -2542,8 +2542,10 @@ def speeds(examples: float, passes: int, flops: int, seconds: float, device: tor
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+    elif os.name == "nt":
+        peak = math.nan  # Windows does not say
     else:
-        import resource  # there is none on Windows
+        import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     rates = {"examples_per_second": examples / seconds, "passes_per_second": passes / seconds}
