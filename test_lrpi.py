@@ -2357,7 +2357,7 @@ def test_determinism_is_asked_of_torch_and_taken_back():
 # Several processes
 
 WORK = """
-import json, sys, torch, lrpi
+import json, pathlib, sys, torch, lrpi
 found = {}
 with lrpi.joined_processes():
     N = lrpi.processes()[1]
@@ -2369,6 +2369,10 @@ with lrpi.joined_processes():
         found[name] |= {"test": lrpi.evaluate(model, test, batch=20), "few": lrpi.evaluate(model, test[:3])}
         stop = lrpi.stopping("kl", 1e-3)
         found[name]["answers"] = [t.tolist() for t in lrpi.answer(model, test.x, stop=stop, batch=20)]
+    if N == 2:
+        cfg = lrpi.configure(**json.loads(sys.argv[2])["dis"])
+        keep = lrpi.Snapshots(pathlib.Path("training.pt"), cfg)
+        lrpi.train(cfg, lrpi.make_mazes(130, 5), lambda at, *_: "interrupted" * (at.steps_done == 20), keep)
     try:
         lrpi.check_share(lrpi.configure(batch_size=3))
     except lrpi.UserError as e:
@@ -2401,7 +2405,10 @@ several = pytest.mark.skipif(
 
 @several
 def test_two_processes_do_what_one_does(tmp_path):
-    """Losses over 50 updates and more to 1e-5; the same puzzles; metrics to 1e-4, of 3 puzzles, too."""
+    """Losses over 50 updates and more to 1e-5; the same puzzles; metrics to 1e-4, of 3 puzzles, too.
+
+    What two have begun, one can go on with.
+    """
     base = {"size": 5, "width": 16, "ffn": 32, "batch_size": 4, "examples": 34, "precision": "fp32"}
     runs = {"dis": {}, "untied": {"mixer": "attention", "hinge": 1.0, "T": 2, "untied": True, "examples": 10},
             "trm": {"scheme": "trm", "T": 2, "n": 1, "n_sup": 4, "examples": 50}}  # fmt: skip
@@ -2419,6 +2426,10 @@ def test_two_processes_do_what_one_does(tmp_path):
         assert one[name]["seen"] == two[name]["seen"] and one[name]["answers"] == two[name]["answers"]
         assert close(one[name]["test"], two[name]["test"], 1e-4), name
         assert close(one[name]["few"], two[name]["few"], 1e-4), name
+    losses, cfg = [], lrpi.configure(**json.loads(runs)["dis"])
+    keep = lrpi.Snapshots(tmp_path / "training.pt", cfg, resume=True)
+    lrpi.train(cfg, lrpi.make_mazes(130, 5), record(losses), keep)
+    assert close(losses, one["dis"]["losses"][20:], 1e-5)
 
 
 @several
