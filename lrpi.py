@@ -37,6 +37,10 @@ THE COMMANDS
   python lrpi.py --compare trm,dis,final        train by each scheme and compare; --seeds 3: thrice each
   python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint again; --halt: stop early; --think 24:
                                                 take 24 steps; --size 21: on larger mazes
+  python lrpi.py --preset paper-medium          the sizes and rates of a published model; also: trm
+  python lrpi.py --resume                       go on where the same command was stopped
+  python lrpi.py --bench                        how fast it is here; --device, --precision, --compile: on a GPU
+  torchrun --nproc_per_node=2 lrpi.py           the same in two processes; goes with all of these
   python lrpi.py --help                         every option, its meaning and its range
 
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
@@ -54,7 +58,7 @@ WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
   - In scheme `dis` the y update sees x, too ("recall"): y <- net(x + role + y + z). The `trm` schemes do not.
   - All steps weigh the same in the loss (in the paper, later ones weigh more), a softmax cross-entropy (TRM:
     stablemax), and the last answer is not fed back as input (--linear and --feedback do as the paper). Muon
-    trains the matrices inside the blocks and AdamW all else, and weights are averaged.
+    trains the matrices inside the blocks and AdamW all else, and weights are averaged. --preset undoes these.
   - Training takes the longer of every two mazes made (--pick): long solutions are rare, and learnt last.
 """
 
@@ -74,16 +78,21 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # §1  Configuration: every number that a run depends on, and the training schemes as data
@@ -112,10 +121,17 @@ class Config:
 
     task: str = option("maze", "what to solve", choices=lambda: TASKS)
     scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
+    preset: str = option("none", "sizes and rates of published models", choices=lambda: ("none", *PRESETS))
     size: int = option(11, "side of the grid in cells; of a maze, every second one is a room", 4, 61)
     blanks: int = option(0, "sudoku: empty cells at most, up to 2/3 of all; 0: half of all", 0, 54)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
+    precision: str = option(
+        "auto", "of the matrix products in the net; auto: bf16 on cuda, else fp32", choices=lambda: PRECISIONS
+    )
+    compile: bool = option(False, "compile the net (torch.compile): pays off in long runs")
+    deterministic: bool = option(False, "on a GPU, too, the same result from the same seed, if slower")
+    save_minutes: float = option(10.0, "minutes between checkpoints to --resume from; 0: none", 0.0, 1e6)
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
     figures: bool = option(True, "draw the figures, which needs matplotlib")
     think: int = option(0, "steps in a rollout when evaluating; 0: as many as in training, n-sup", 0, 10_000)
@@ -152,6 +168,7 @@ class Config:
     noise: float = option(0.2, "std of what is added to y and z before each step in training", 0.0, 10.0)
     step_index: bool = option(False, "tell the model which step it is at")
     feedback: bool = option(False, "from step 2 on, show the model its last answer in place of the puzzle")
+    stablemax: bool = option(False, "make policies by TRM's stablemax and not by softmax")
     untied: bool = option(False, "weights of its own for every forward pass of a step")
 
     train_size: int = option(20000, "puzzles to train on, at most: no more are made than get seen", 1, 10**8)
@@ -160,10 +177,14 @@ class Config:
     examples: int = option(12000, "puzzles to train on, counting repetitions", 1, 10**10)
     budget_seconds: float = option(0.0, "train for so long, not for so many examples; 0: no", 0.0, 1e9)
     batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
-    lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
+    optimizer: str = option(
+        "muon", "muon: of matrices, AdamW of all else; others: of all", choices=lambda: OPTIMIZERS
+    )
+    lr: float = option(0.01, "peak learning rate, with muon of embeddings, convolutions, readout", 0.0)
     muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
-    warmup: int = option(100, "steps of linear warm-up, on top of a cosine that ends at 0", 0, 10**9)
+    warmup: int = option(100, "steps of linear warm-up of the learning rates", 0, 10**9)
+    cosine: bool = option(True, "let the learning rates fall to 0 along a cosine")
     ema: float = option(0.998, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
 
     def __post_init__(self):
@@ -212,13 +233,15 @@ def flag(name: str) -> str:
 
 
 def configure(**given) -> Config:
-    """The configuration for a task (`maze`), in a scheme (the task's own), with all `given` fields on top."""
+    """The configuration for a task (`maze`), with a preset (none) and a scheme, and all `given` on top."""
     task = given.get("task", Config.task)
     defaults = TASKS[task].defaults if task in TASKS else {}
+    defaults = {**defaults, **PRESETS.get(given.get("preset"), {})}
     scheme = given.get("scheme", defaults.get("scheme"))
     return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
 
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999}
 SCHEMES = {  # what each changes of the task's defaults                forward passes: n_sup T (n + 1)
     "dis": {},  #                                                                       6 * 1 * 3 = 18
@@ -227,6 +250,18 @@ SCHEMES = {  # what each changes of the task's defaults                forward p
     "one-pass": {"target": "final", "n": 17, "n_sup": 1, "untied": True},  #          1 * 1 * 18 = 18
     "trm": {**TRM, "T": 3, "n": 6, "n_sup": 16},  #                                   16 * 3 * 7 = 336
     "trm-medium": {**TRM, "T": 1, "n": 2, "n_sup": 16},  #                             16 * 1 * 3 = 48
+}
+
+TRM_RECIPE = {"mixer": "attention", "ffn": 0, "recall": False, "noise": 0.0, "pick": 1, "stablemax": True}
+TRM_RECIPE |= {"lr": 1e-4, "weight_decay": 0.1, "warmup": 2000, "cosine": False, "batch_size": 768}
+TRM_RECIPE |= {"examples": 1_000_000, "hinge": 0.0}
+DIS_RECIPE = {**TRM_RECIPE, "scheme": "dis", "target": "reveal", "power": 1.0, "linear": True, "ema": 0.0}
+DIS_RECIPE |= {"step_index": True, "feedback": True, "optimizer": "adamw"}
+TRM_SIZE = {"width": 512, "layers": 2, "heads": 8}
+PRESETS = {  # what each changes of the task's defaults
+    "paper-compact": {**DIS_RECIPE, "width": 256, "layers": 1, "heads": 4},  # 0.8 million parameters
+    "paper-medium": {**DIS_RECIPE, **TRM_SIZE},  # 7 million, as the next
+    "trm": {**TRM_RECIPE, **TRM_SIZE, "scheme": "trm", "optimizer": "adam-atan2"},
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -431,9 +466,29 @@ def legend(cfg: Config) -> dict:
 # §3  The looped model (paper section 2; TRM, arXiv 2510.04871): one small net, applied over and over
 
 
+class RMSNorm(torch.autograd.Function):
+    """Scale h to mean square 1 along an axis; no learned gain.
+
+    Autograd would get the gradient from that of every single operation, with twice the passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx, h, axis):
+        r = torch.rsqrt(h.square().mean(axis, keepdim=True) + 1e-5)
+        y = h * r
+        ctx.save_for_backward(y, r)
+        ctx.axis = axis
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        return torch.addcmul(grad, y, (grad * y).mean(ctx.axis, keepdim=True), value=-1).mul_(r), None
+
+
 def rms_norm(h: torch.Tensor, axis: int = -1) -> torch.Tensor:
     """Scale h to mean square 1 along `axis`; no learned gain."""
-    return h * torch.rsqrt(h.square().mean(axis, keepdim=True) + 1e-5)
+    return RMSNorm.apply(h, axis)
 
 
 def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
@@ -442,9 +497,17 @@ def lecun_(weight: torch.Tensor, fan_in: int) -> torch.Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def linear(d_in: int, d_out: int) -> nn.Linear:
+class Stablemax(nn.Linear):
+    """A readout whose softmax is TRM's stablemax: s(v) / sum s(v), s(v) = 1 + v or, below 0, 1 / (1 - v)."""
+
+    def forward(self, h):
+        v = super().forward(h)
+        return torch.where(v >= 0, v.clamp(min=0).log1p(), -v.neg().clamp(min=0).log1p())  # log s(v)
+
+
+def linear(d_in: int, d_out: int, kind=nn.Linear) -> nn.Linear:
     """A bias-free linear layer with LeCun initialisation."""
-    layer = nn.Linear(d_in, d_out, bias=False)
+    layer = kind(d_in, d_out, bias=False)
     lecun_(layer.weight, d_in)
     return layer
 
@@ -458,8 +521,34 @@ class SwiGLU(nn.Module):
         self.gate_up, self.down = linear(d, 2 * inner), linear(inner, d)
 
     def forward(self, h):
-        gate, up = self.gate_up(h).chunk(2, dim=-1)
+        gate, up = (F.linear(h, weight) for weight in self.gate_up.weight.chunk(2))
         return self.down(F.silu(gate) * up)
+
+
+class DepthwiseConv(torch.autograd.Function):
+    """F.conv2d of h [B, D, H, W] with a kernel for each channel [D, 1, K, K], for the CPU.
+
+    torch's gradient of large kernels takes ten times as long as the convolution. But it is a convolution,
+    too: of h, with the gradient of the result as the kernel, summed over the batch. The sum is had by laying
+    the batch out along the rows, row r of puzzle b at r B + b, so that a stride of B moves all by one row.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        ctx.save_for_backward(h, weight)
+        return F.conv2d(h, weight, padding="same", groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight = ctx.saved_tensors
+        D, p, by_weight = len(weight), weight.shape[-1] // 2, 0
+        some = max(1, 1500 // h[0, 0].numel())  # puzzles at a time: a kernel of more cells falls out of cache
+        for pair in zip(h.split(some), grad.split(some), strict=True):
+            rows, kernel = (t.permute(2, 0, 3, 1).flatten(0, 1).permute(2, 0, 1) for t in pair)  # [D, H B, W]
+            B = len(pair[0])
+            part = F.conv2d(rows[None], kernel[:, None], stride=(B, 1), padding=(p * B, p), groups=D)
+            by_weight = by_weight + part[0][:, None]
+        return F.conv2d(grad, weight.flip(2, 3), padding=p, groups=D), by_weight
 
 
 class Conv(nn.Module):
@@ -476,7 +565,10 @@ class Conv(nn.Module):
 
     def forward(self, h):  # [B, L, D]
         h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
-        return self.conv(h).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+        ours = h.device.type == "cpu" and self.conv.weight.shape[-1] > 3
+        ours = ours and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        h = DepthwiseConv.apply(h, self.conv.weight) if ours else self.conv(h)
+        return h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
 
 
 class Attention(nn.Module):
@@ -528,6 +620,11 @@ class Block(nn.Module):
         return rms_norm(h + self.swiglu(h))
 
 
+def in_bf16(cfg: Config, device: torch.device) -> bool:
+    """Are the matrix products inside the net in bfloat16, on this device?"""
+    return cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
+
+
 class LoopedModel(nn.Module):
     """TRM's recursion: the same `net` refines the scratchpad z and the answer y, and only y is ever read out.
 
@@ -542,7 +639,7 @@ class LoopedModel(nn.Module):
         self.nets = nn.ModuleList([net, *(copy.deepcopy(net) for _ in range(copies))])
         self.tokens = nn.Embedding(V, D)
         lecun_(self.tokens.weight, D)
-        self.readout = linear(D, V)  # f_O
+        self.readout = linear(D, V, Stablemax if cfg.stablemax else nn.Linear)  # f_O
         if cfg.step_index:
             self.step_table = nn.Parameter(torch.zeros(cfg.n_sup, D))
         if cfg.recall:
@@ -561,12 +658,16 @@ class LoopedModel(nn.Module):
     def net(self, h: torch.Tensor) -> torch.Tensor:
         net = self.nets[self.forward_passes % len(self.nets)]
         self.forward_passes += 1
-        return net(h)
+        if not in_bf16(self.cfg, h.device):
+            return net(h)
+        with torch.autocast(h.device.type, torch.bfloat16):
+            return net(h)  # float32: matrix products are in bf16, sums and norms are not
 
     def cycle(self, x, y, z):
+        seen = x + y
         for _ in range(self.cfg.n):
-            z = self.net(x + y + z)
-        y = self.net(x + self.role + y + z if self.cfg.recall else y + z)
+            z = self.net(seen + z)
+        y = self.net(seen + z + self.role if self.cfg.recall else y + z)
         return y, z
 
     def forward(self, x, y, z, s) -> tuple[torch.Tensor, torch.Tensor]:
@@ -783,17 +884,116 @@ TARGETS = {  # (puzzles [B], steps s [B], cfg, noise [B, L]) -> y† [B, L]
 
 # ------------------------------------------------------------------------------------------------------------
 # §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
+# torchrun starts it in N processes, each with B / N rows of the batch; what they do does not depend on N
+
+
+def processes() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    alone = not (dist.is_available() and dist.is_initialized())
+    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+
+
+def total(t: torch.Tensor) -> torch.Tensor:
+    """The sum of t over all processes, in t."""
+    if processes()[1] > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def everyones(t: torch.Tensor) -> torch.Tensor:
+    """The rows t [B / N, ..] of all processes: [B, ..]."""
+    if processes()[1] == 1:
+        return t
+    parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(processes()[1])]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
+
+
+def mine(t: torch.Tensor) -> torch.Tensor:
+    """The rows of this process out of t [B, ..]."""
+    rank, N = processes()
+    return t[rank * len(t) // N : (rank + 1) * len(t) // N]
+
+
+def largest(value: float) -> float:
+    """The largest `value` of any process, for all to decide alike."""
+    if processes()[1] > 1:
+        dist.all_reduce(t := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
+        value = t.item()
+    return value
+
+
+def draw_rows(draw, like: torch.Tensor) -> torch.Tensor:
+    """draw(shape, device=..) for the whole batch, and of it the rows that `like` [B / N, ..] has."""
+    return mine(draw((processes()[1] * len(like), *like.shape[1:]), device=like.device))
+
+
+def orthogonal(m: torch.Tensor) -> torch.Tensor:
+    """About U Vᵀ for a matrix m = U S Vᵀ: Newton-Schulz steps take singular values to between 0.7 and 1.2.
+
+    In bfloat16 on a GPU, which is enough for that; on a CPU, float32 is as fast.
+    """
+    X = m if m.shape[0] <= m.shape[1] else m.mT
+    X = (X / X.norm().clamp(min=1e-7)).to(torch.bfloat16 if m.is_cuda else m.dtype)
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return (X if m.shape[0] <= m.shape[1] else X.mT).to(m.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made `orthogonal`: torch.optim.Muon, which takes three times as long on a CPU (bfloat16)."""
+
+    def __init__(self, params, lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not (state := self.state[p]):
+                    state["m"] = torch.zeros_like(p)
+                m = state["m"].lerp_(p.grad, 0.05)
+                size = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(orthogonal(p.grad.lerp(m, 0.95)), alpha=size)
+
+
+class AdamAtan2(torch.optim.Optimizer):
+    """Adam with atan2(m, √v) for m / (√v + ε), TRM's choice: no ε, and no step longer than lr π / 2."""
+
+    def __init__(self, params, lr: float, betas: tuple, weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not (state := self.state[p]):
+                    state |= {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                state["t"] += 1
+                m = state["m"].lerp_(p.grad, 1 - b1) / (1 - b1 ** state["t"])
+                v = state["v"].lerp_(p.grad.square(), 1 - b2) / (1 - b2 ** state["t"])
+                p.mul_(1 - lr * group["weight_decay"]).sub_(torch.atan2(m, v.sqrt()), alpha=lr)
+
+
+OPTIMIZERS = {  # of the weights that Muon does not train
+    "muon": functools.partial(torch.optim.AdamW, fused=True),
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "adam-atan2": AdamAtan2,
+}
 
 
 def make_optimizers(model: LoopedModel, cfg: Config) -> list:
-    """Muon for the matrices inside the blocks, AdamW for all other weights."""
-    matrices = [p for p in model.nets.parameters() if p.ndim == 2]
+    """Muon for the matrices inside the blocks and AdamW for all other weights, or one of others for all."""
+    matrices = [p for p in model.nets.parameters() if p.ndim == 2 and cfg.optimizer == "muon"]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
-    adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    for group in muon.param_groups + adam.param_groups:
+    adam = OPTIMIZERS[cfg.optimizer](others, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizers = [Muon(matrices, cfg.muon_lr, cfg.weight_decay), adam] if matrices else [adam]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
-    return [muon, adam]
+    return optimizers
 
 
 def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
@@ -826,15 +1026,19 @@ def act(model, y, logits, y_star, s):
     """
     q = model.halting(y[:, 0]).squeeze(-1)  # [B], a logit
     right = (logits.argmax(-1) == y_star).all(1)
-    stay = torch.randint_like(s, 2, max(3, model.cfg.n_sup + 1)) * (torch.rand_like(q) < 0.1)
+    stay = draw_rows(functools.partial(torch.randint, 2, max(3, model.cfg.n_sup + 1)), s)
+    stay = stay * (draw_rows(torch.rand, q) < 0.1)
     return 0.5 * F.binary_cross_entropy_with_logits(q, right.float()), (q > 0) & (s >= stay)
 
 
 class Episodes:
-    """The training batch: B puzzles, each at its own step. Who is done is replaced by the next in line."""
+    """The training batch: B puzzles, each at its own step. Who is done is replaced by the next in line.
+
+    Of N processes, each holds B / N of the rows.
+    """
 
     def __init__(self, cfg: Config, data: Puzzles, model: LoopedModel):
-        B, device, self.data, self.model = cfg.batch_size, data.x.device, data, model
+        B, device, self.data, self.model = cfg.batch_size // processes()[1], data.x.device, data, model
         self.line, self.seen = torch.randperm(len(data)).to(device), torch.tensor(0, device=device)
         self.row = self.s = torch.zeros(B, dtype=torch.long, device=device)  # [B]: which puzzle, which step
         self.noise = torch.zeros(B, data.x.shape[1], device=device)  # [B, L], for the targets
@@ -844,17 +1048,39 @@ class Episodes:
     def advance(self) -> Puzzles:
         """Replace the puzzles that are done, count one step on, and return the B puzzles."""
         done, model = self.done, self.model  # the k-th row that is done takes the k-th next puzzle in line
-        self.row = torch.where(done, self.line[(self.seen + done.cumsum(0) - 1) % len(self.line)], self.row)
-        self.noise = torch.where(done[:, None], torch.rand_like(self.noise), self.noise)
+        everyone = everyones(done)
+        place = self.seen + mine(everyone.cumsum(0)) - 1
+        self.row = torch.where(done, self.line[place % len(self.line)], self.row)
+        self.noise = torch.where(done[:, None], draw_rows(torch.rand, self.noise), self.noise)
         self.y = torch.where(done[:, None, None], model.y0, self.y)
         self.z = torch.where(done[:, None, None], model.z0, self.z)
-        self.seen, self.s = self.seen + done.sum(), torch.where(done, 0, self.s) + 1
+        self.seen, self.s = self.seen + everyone.sum(), torch.where(done, 0, self.s) + 1
         return self.data[self.row]
 
-    def finished(self) -> float:
-        """How many puzzles have been trained on, those that are under way in part."""
-        under_way = torch.where(self.done, 1.0, self.s.double() / self.model.cfg.n_sup).sum()
-        return (self.seen - len(self.s) + under_way).item()
+    def progress(self, before: "Progress", seconds: float) -> "Progress":
+        """How far training is, one update after `before`; puzzles that are under way count in part.
+
+        Where rows keep step, this is known; else it is asked, a GPU every 10th time, as it waits for that.
+        """
+        cfg, step, B = self.model.cfg, before.steps_done + 1, self.model.cfg.batch_size
+        seen, finished = B * math.ceil(step / cfg.n_sup), B * step / cfg.n_sup
+        if cfg.act and step % 10 and self.s.is_cuda:
+            seen, finished = before.examples_seen, before.share * cfg.examples
+        elif cfg.act:
+            under_way = torch.where(self.done, 1.0, self.s.float() / cfg.n_sup).sum()
+            seen = self.seen.item()
+            finished = seen - B + total(under_way).item()
+        share = seconds / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
+        return Progress(share, step, seen, step * cfg.T * (cfg.n + 1), seconds)
+
+    def state_dict(self) -> dict:
+        rows = {name: everyones(getattr(self, name)) for name in ("row", "s", "noise", "y", "z", "done")}
+        return {"seen": self.seen, **rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen.copy_(state["seen"])
+        for name in state.keys() - {"seen"}:
+            setattr(self, name, mine(state[name]).to(self.seen.device))
 
 
 class Progress(NamedTuple):
@@ -867,31 +1093,63 @@ class Progress(NamedTuple):
     train_seconds: float = 0.0  # without what `watch` does
 
 
-def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple[LoopedModel, dict]:
+def compiled(model: LoopedModel) -> LoopedModel:
+    """The model, its nets compiled if cfg.compile."""
+    for net in model.nets if model.cfg.compile else ():
+        net.compile()
+    return model
+
+
+def parallel(model: LoopedModel) -> nn.Module:
+    """What to call for a step: the model; of several processes, one that averages their gradients, too."""
+    cfg = compiled(model).cfg
+    if processes()[1] == 1:
+        return model
+    for net in model.nets[: -cfg.n - 1] if cfg.untied else ():
+        net.requires_grad_(False)  # DDP waits for every gradient, and cycles before the last one have none
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def update(optimizers: list, factor: float) -> None:
+    """One step of all optimizers, at `factor` times their peak learning rates."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def follow(kept: LoopedModel, model: LoopedModel, rate: float) -> None:
+    """Move the averaged weights towards those of the model."""
+    for mean, p in zip(kept.parameters(), model.parameters(), strict=True):
+        mean.lerp_(p, rate)
+
+
+def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=None) -> tuple:
     """Train a fresh model on `data`, on the device that holds it; returns it (averaged if cfg.ema) and facts.
 
     Without halting, all rows of the batch keep step, and this is the paper's pair of loops:
         for x, y* in batches:  y, z <- y0, z0;  for s = 1 .. N_sup:  y, z <- step s;  loss; update; detach
     With halting, rows are done at different times, so each counts its own s and is replaced alone.
     `watch` is called with a `Progress` before the first step (loss None) and after every one; any text that
-    it returns ends training and becomes facts["stopped"].
+    it returns ends training and becomes facts["stopped"]. `keep`, a `Snapshots`, lets it be resumed.
     """
     torch.manual_seed(cfg.seed)
     model = LoopedModel(cfg).to(data.x.device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
-    kept = average.module if average else model
+    kept = copy.deepcopy(model) if cfg.ema else model
     optimizers, batch, phi = make_optimizers(model, cfg), Episodes(cfg, data, model), TARGETS[cfg.target]
-    at = Progress()
-    stopped = watch(at, None, kept)
+    at = keep.begin({"model": model, "kept": kept, "batch": batch}, optimizers) if keep else Progress()
+    net, stopped = parallel(model), watch(at, None, kept)
 
     while at.share < 1 and not stopped:
         began, step = time.perf_counter(), at.steps_done + 1
         puzzles = batch.advance()
         y_dagger = phi(puzzles, batch.s, cfg, batch.noise)  # [B, L]
 
-        y, z = (h + cfg.noise * torch.randn_like(h) if cfg.noise else h for h in (batch.y, batch.z))
-        logits_u = model.readout(batch.y).detach()
-        y, z = model(puzzles.x, y, z, batch.s)  # the latent step
+        y, z = (h + cfg.noise * draw_rows(torch.randn, h) if cfg.noise else h for h in (batch.y, batch.z))
+        logits_u = model.readout(batch.y).detach() if cfg.awr or cfg.hinge else None
+        y, z = net(puzzles.x, y, z, batch.s)  # the latent step
         logits_c = model.readout(y)  # [B, L, V]
         loss, done = step_loss(logits_u, logits_c, y_dagger, batch.s, cfg), batch.s == cfg.n_sup
         if cfg.act:
@@ -899,20 +1157,18 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "") -> tuple
             loss, done = loss + act_loss, done | may_go
 
         loss.backward()
-        warm, cosine = min(1.0, step / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * at.share)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warm * cosine
-            optimizer.step()
-            optimizer.zero_grad()
-        if average:
-            average.update_parameters(model)
+        warm = min(1.0, step / (cfg.warmup + 1))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * at.share) if cfg.cosine else 1.0
+        update(optimizers, warm * cosine)
+        if cfg.ema:
+            follow(kept, model, 1 - cfg.ema if step > 1 else 1.0)
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
 
         seconds = at.train_seconds + time.perf_counter() - began
-        share = seconds / cfg.budget_seconds if cfg.budget_seconds else batch.finished() / cfg.examples
-        at = Progress(share, step, batch.seen.item(), step * cfg.T * (cfg.n + 1), seconds)
+        at = batch.progress(at, largest(seconds) if cfg.budget_seconds else seconds)
         stopped = watch(at, loss.detach(), kept)
+        if keep and (stopped == "interrupted" or keep.due(step)):
+            keep.save(at)
 
     facts = {**at._asdict(), "train_seconds": round(at.train_seconds, 2), "stopped": stopped}
     return kept, {name: facts[name] for name in facts if name != "share"}
@@ -950,14 +1206,31 @@ def rollout(model: LoopedModel, x: torch.Tensor, steps=(), stop=None):
                 return
 
 
-def answer(model: LoopedModel, x: torch.Tensor, steps=(), stop=None, batch: int = 256) -> tuple:
-    """The last answers [N, L] to the puzzles x [N, L], and how many steps were taken for each [N]."""
-    answers, taken = torch.empty_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
-    for i in range(0, len(x), batch):
-        for count, step in enumerate(rollout(model, x[i : i + batch], steps, stop), 1):
+def at_once(model: LoopedModel, L: int, on_cpu: int) -> int:
+    """How many puzzles of L cells to evaluate at a time: on a GPU, as many as half its free memory holds.
+
+    A cell takes some vectors of D (x, y, z, sums of them), what SwiGLU computes, and logits for all guidance.
+    """
+    if model.y0.device.type != "cuda":
+        return on_cpu
+    inner = max(model.nets[0][0].swiglu.down.in_features, 2 * model.cfg.width)
+    cell = 4 * (8 * model.cfg.width + 4 * inner + 40 * len(legend(model.cfg)))  # bytes
+    fit = torch.cuda.mem_get_info(model.y0.device)[0] // 2 // (cell * L)
+    return min(4096, max(1, fit))  # `evaluate` draws RESAMPLES numbers for each
+
+
+def answer(model: LoopedModel, x: torch.Tensor, steps=(), stop=None, batch: int = 0) -> tuple:
+    """The last answers [N, L] to the puzzles x [N, L], and how many steps were taken for each [N].
+
+    Several processes share the batches, and all get all answers.
+    """
+    answers, taken = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    batch, (rank, count) = batch or at_once(model, x.shape[1], 256), processes()
+    for i in range(rank * batch, len(x), count * batch):
+        for k, step in enumerate(rollout(model, x[i : i + batch], steps, stop), 1):
             answers[i + step.rows] = step.logits_c.argmax(-1).to(x.dtype)
-            taken[i + step.rows] = count
-    return answers, taken
+            taken[i + step.rows] = k
+    return total(answers), total(taken)
 
 
 # What is measured of a puzzle at each step: is it solved; and, as means over its cells: the share that is
@@ -998,30 +1271,34 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
     Beside them: the METRICS split by outcome, "solved" and "unsolved" (None where there are no such puzzles),
     and intervals [S, 2] for the means of gain and margin, from a bootstrap in which every puzzle counts
     Poisson(1) times; 95% for all S steps together (Bonferroni), infinite for fewer than about five puzzles.
-    Only sums are kept, so that memory does not grow with the number of puzzles.
+    Only sums are kept, so that memory does not grow with the number of puzzles; processes share the batches.
     `ws` [S][..]: guidance weights to try at each step.
     """
-    task, before, total, resampled = TASKS[model.cfg.task], model.forward_passes, {}, 0
-    generator = torch.Generator().manual_seed(0)
-    batch = batch or max(1, 12_000 // puzzles.x.shape[1])  # so many cells fit into any memory
-    for i in (starts := range(0, len(puzzles), batch)):
-        some = puzzles[i : i + batch]
+    task, before, sums, resampled, ran = TASKS[model.cfg.task], model.forward_passes, {}, 0, 0
+    generator, (rank, N) = torch.Generator().manual_seed(0), processes()
+    L = puzzles.x.shape[1]
+    batch = batch or at_once(model, L, max(1, 12_000 // L))  # so many cells fit into any memory
+    for k, i in enumerate(range(0, len(puzzles), batch)):
+        some, own = puzzles[i : i + batch], k % N == rank
+        draws = torch.poisson(torch.ones(RESAMPLES, len(some)), generator=generator).double()
+        if k and not own:  # of the first batch, all need the shapes
+            continue
+        ran += 1
         each = [
             measure(task, some, s, ws[k] if ws else ()) for k, s in enumerate(rollout(model, some.x, steps))
         ]
         each = {name: torch.stack([m[name] for m in each]).cpu().double() for name in each[0]}  # [S, B, ..]
-        each["count"] = one = torch.ones_like(each["exact"])
+        each = each if own else {name: torch.zeros_like(v) for name, v in each.items()}
+        each["count"] = one = torch.full_like(each["exact"], own)
         solved = each["exact"][-1]  # [B]
         groups = torch.stack([one[0], solved, 1 - solved])  # [3, B]
         for name, v in each.items():
-            total[name] = total.get(name, 0) + torch.einsum("gb,sb...->gs...", groups, v)
-        draws = torch.poisson(torch.ones(RESAMPLES, len(some)), generator=generator).double()
+            sums[name] = sums.get(name, 0) + torch.einsum("gb,sb...->gs...", groups, v)
         sample = torch.stack([each["gain"], each["margin"], one])  # [3, S, B]
         resampled = resampled + torch.einsum("rb,psb->psr", draws, sample)
-    count = total.pop("count")[:, 0]  # [3]
-    means = [
-        {k: (v[g] / count[g]).tolist() for k, v in total.items()} if count[g] else None for g in range(3)
-    ]
+    sums, resampled = {name: total(v) for name, v in sums.items()}, total(resampled)
+    count = sums.pop("count")[:, 0]  # [3]
+    means = [{k: (v[g] / count[g]).tolist() for k, v in sums.items()} if count[g] else None for g in range(3)]
     outcomes = [mean and {name: mean[name] for name in METRICS} for mean in means[1:]]
     tail, n = 0.025 / len(means[0]["exact"]), len(puzzles)
     ends, ratios = torch.tensor([tail, 1 - tail]).double(), resampled[:2] / resampled[2]  # [2], [2, S, R]
@@ -1031,7 +1308,7 @@ def evaluate(model: LoopedModel, puzzles: Puzzles, steps=(), ws=None, batch: int
     gain_interval, margin_interval = intervals
     curves = {**means[0], "gain_interval": gain_interval, "margin_interval": margin_interval}
     curves |= {"solved": outcomes[0], "unsolved": outcomes[1]}
-    return {"passes": (model.forward_passes - before) // len(starts), **curves}
+    return {"passes": (model.forward_passes - before) // ran, **curves}
 
 
 # Rules for when to stop thinking about a puzzle: when its score [B] is no higher than a threshold. The first
@@ -1645,8 +1922,9 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 # §10  Files: written beside their place and renamed when complete; checked when read
 
-# may differ between training and a later evaluation
-RUN_OPTIONS = ("device", "out", "figures", "test_size", "think", "halt")
+HOW = ("device", "out", "figures", "compile", "deterministic", "save_minutes")  # nothing that results tell
+LATER_OPTIONS = (*HOW, "test_size", "think", "halt")  # may differ when training is resumed
+RUN_OPTIONS = (*LATER_OPTIONS, "precision")  # may differ between training and a later evaluation
 FACTS = {
     "steps_done": int,
     "examples_seen": int,
@@ -1679,10 +1957,14 @@ def prepare_folder(out: Path) -> Path:
 
 def save_checkpoint(path: Path, model: LoopedModel, facts: dict) -> None:
     """Write what `load_checkpoint` reads. Raises `OSError` if it cannot; an older file then stays."""
-    content = io.BytesIO()
-    torch.save({"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts}, content)
+    write_whole(path, {"config": asdict(model.cfg), "model": model.state_dict(), "facts": facts})
+
+
+def write_whole(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as beside:
-        beside.write_bytes(content.getvalue())
+        beside.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
@@ -1718,6 +2000,74 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
             only = getattr(trained, name)
             raise UserError(f"{flag(name)} {value}: --eval {path} allows only {only}, as trained")
     return model, facts
+
+
+class Snapshots:
+    """The state of a training in a file, from which it goes on as if it had never stopped.
+
+    It is written every cfg.save_minutes, or else by Ctrl-C; when the training is complete, it goes. Raises
+    `UserError` if it is to `resume`, and there is no such file, or one of another configuration.
+    """
+
+    def __init__(self, path: Path, cfg: Config, resume: bool = False):
+        self.path, self.cfg, self.saved, self.parts = path, cfg, time.monotonic(), {}
+        self.content = self.read() if resume else None
+
+    def read(self) -> dict:
+        wanted = "must be a training.pt that this program left when it was stopped"
+        if not self.path.is_file():
+            raise UserError(f"--resume: there is no {self.path}; {wanted}")
+        try:
+            if not zipfile.is_zipfile(self.path):
+                raise UserError("truncated")
+            content = dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            then, now = dict(content["config"]), asdict(self.cfg)
+        except Exception as e:  # what a damaged or foreign file makes torch.load raise has no end
+            why = str(e) if isinstance(e, UserError) else type(e).__name__
+            raise UserError(f"--resume: {self.path} is damaged ({why}); {wanted}") from e
+        other = [name for name in now if name not in LATER_OPTIONS and now[name] != then.get(name)]
+        if other:
+            said = ", ".join(f"{flag(name)} {now[name]}, not {then.get(name)}" for name in other)
+            raise UserError(f"--resume: {self.path} is of another run ({said}); all must be the same")
+        return content
+
+    def begin(self, parts: dict, optimizers: list) -> Progress:
+        """Take note of all that has a state; bring back the state of `content`, and say how far that is."""
+        self.parts |= parts | {f"optimizer {i}": of for i, of in enumerate(optimizers)}
+        if not self.content:
+            return Progress()
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.content[name])
+            torch.set_rng_state(self.content["random"])
+            if "random there" in self.content and self.device.type != "cpu":
+                torch.get_device_module(self.device).set_rng_state(self.content["random there"])
+            return Progress(**self.content["at"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise UserError(f"--resume: {self.path} is of another version of this program") from e
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts["batch"].seen.device
+
+    def due(self, step: int) -> bool:
+        """Is it time to save? All processes must say the same, so they are asked every tenth update."""
+        if not self.cfg.save_minutes or step % 10:
+            return False
+        return largest(time.monotonic() - self.saved) >= 60 * self.cfg.save_minutes
+
+    def save(self, at: Progress) -> None:
+        """Replace the file. If that fails, say so and keep the old one: training is worth more."""
+        content = {"config": asdict(self.cfg), "at": at._asdict(), "random": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            content["random there"] = torch.get_device_module(self.device).get_rng_state()
+        content |= {name: part.state_dict() for name, part in self.parts.items()}
+        try:
+            if processes()[0] == 0:
+                write_whole(self.path, content)
+        except OSError as e:
+            print(f"\nlrpi: {self.path}: {e.strerror}; not saved, training goes on", file=sys.stderr)
+        self.saved = time.monotonic()
 
 
 def load_trajectories(cfg: Config) -> Puzzles:
@@ -1761,12 +2111,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv) -> dict:
-    """The options that were given on the command line: fields of `Config`, `eval`, `compare` and `seeds`."""
+    """The options that were given on the command line: fields of `Config`, and what is an option besides."""
     parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
     parser.add_argument("--compare", metavar="LIST", help=COMPARE_HELP)
     parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
+    again = "go on where the same command was stopped, from the checkpoint in its folder"
+    parser.add_argument("--resume", action="store_true", help=again)
+    fast = "measure how fast training and evaluation are, and do neither; see bench.json in the folder"
+    parser.add_argument("--bench", action="store_true", help=fast)
     own = {name: task.defaults for name, task in TASKS.items()} | SCHEMES
+    own |= {f"preset {name}": of for name, of in PRESETS.items()}
     for f in fields(Config):
 
         def read(text, f=f):
@@ -1797,7 +2152,32 @@ def pick_device(name: str) -> torch.device:
     there = [device for device, available in DEVICES.items() if available()]
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: this machine has none; must be one of auto, {', '.join(there)}")
-    return torch.device(there[0] if name == "auto" else name)
+    name = there[0] if name == "auto" else name
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+
+
+def set_up(cfg: Config, device: torch.device) -> None:
+    """Set what torch has global switches for."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")  # high is TF32
+        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS if deterministic
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+
+
+@contextmanager
+def joined_processes():
+    """Under torchrun, join the other processes; all but the first are silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if processes()[0] else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Watch:
@@ -1817,12 +2197,11 @@ class Watch:
     def __call__(self, at: Progress, loss: torch.Tensor | None, model: LoopedModel) -> str:
         self.losses += [] if loss is None else [loss]
         look = min(200, int(200 * at.share + 1e-6))
-        if look == self.looked and loss is not None and not self.interrupts:
+        alone = processes()[1] == 1  # several must hear of an interrupt at the same step
+        if look == self.looked and loss is not None and not (self.interrupts and alone):
             return ""
-        values, self.losses = (
-            torch.stack(self.losses).tolist() if self.losses else [],
-            [],
-        )  # waits for the GPU
+        values = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        values, self.losses = (total(values) / processes()[1]).tolist(), []  # waits for the GPU
         bad = [i for i, v in enumerate(values, at.steps_done - len(values) + 1) if not math.isfinite(v)]
         if bad or not all(v.isfinite().all() for v in model.state_dict().values()):
             model.load_state_dict(self.good[1])
@@ -1833,7 +2212,13 @@ class Watch:
         if loss is not None:
             tenth, self.looked = look // 20 > self.looked // 20, look
             self.show(at, sum(values) / len(values), model, tenth)
-        return "interrupted" if self.interrupts else ""
+        return "interrupted" if largest(len(self.interrupts)) else ""
+
+    def state_dict(self) -> dict:
+        return {"curve": self.curve, "looked": self.looked}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.curve, self.looked = state["curve"], state["looked"]
 
     def show(self, at: Progress, loss: float, model: LoopedModel, tenth: bool) -> None:
         """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
@@ -1881,34 +2266,50 @@ def print_thinking(found: dict) -> None:
         print(f"{f'{size} x {size}':18} " + " ".join(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
-def fit(cfg: Config, device: torch.device, interrupts: list) -> tuple[LoopedModel, dict]:
+def check_share(cfg: Config) -> None:
+    """Raise `UserError` unless all processes can have as many rows of the batch."""
+    if cfg.batch_size % (N := processes()[1]):
+        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the number of processes, {N}")
+
+
+def fit(cfg: Config, device: torch.device, interrupts: list, keep=None) -> tuple[LoopedModel, dict]:
     """A freshly trained model and the facts of its training, "curve" among them: what `Watch` measured."""
     task = TASKS[cfg.task]
+    check_share(cfg)
     if cfg.target == "file":
         data = load_trajectories(cfg)
     else:
         seen = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
         data = hardest(task.make(cfg, cfg.pick * seen, "train", cfg.seed), cfg.pick)
     watch = Watch(task.make(cfg, min(200, cfg.test_size), "valid").to(device), interrupts)
-    model, facts = train(cfg, data.to(device), watch)
+    if keep:
+        keep.parts["watch"] = watch
+    model, facts = train(cfg, data.to(device), watch, keep)
     return model, {**facts, "curve": watch.curve}
 
 
-def obtain(given: dict, checkpoint: str | None, interrupts: list) -> tuple[LoopedModel, dict, Path]:
+def obtain(given: dict, checkpoint: str | None, resume: bool, interrupts: list) -> tuple:
     """The model, loaded or freshly trained and saved; facts of its training; the folder for results."""
     model, facts = (None, {}) if checkpoint is None else load_checkpoint(checkpoint, **given)
     cfg = model.cfg if model else configure(**given)
     folder = Path(checkpoint).parent / "eval" if model else Path("runs") / f"{cfg.task}-{cfg.scheme}"
-    device, out = pick_device(cfg.device), prepare_folder(Path(cfg.out or folder))
+    device, folder = pick_device(cfg.device), Path(cfg.out or folder)
+    keep = None if model else Snapshots(folder / "training.pt", cfg, resume)
+    out = prepare_folder(folder)
+    set_up(cfg, device)
     if cfg.figures:
         pyplot()  # if it is missing, say so now and not after the training
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}, on {device}: see {out}")
     if not model:
-        model, facts = fit(cfg, device, interrupts)
-        save_checkpoint(out / "model.pt", model, facts)
-        if facts["stopped"]:
-            print(f"\nlrpi: {facts['stopped']}; saved and now evaluated", file=sys.stderr)
-    return model.to(device), facts, out
+        model, facts = fit(cfg, device, interrupts, keep)
+        if processes()[0] == 0:
+            save_checkpoint(out / "model.pt", model, facts)
+            if not facts["stopped"]:
+                keep.path.unlink(missing_ok=True)
+        if facts["stopped"] and processes()[0] == 0:
+            goes_on = "; --resume goes on with training" * (facts["stopped"] == "interrupted")
+            print(f"\nlrpi: {facts['stopped']}; saved and now evaluated{goes_on}", file=sys.stderr)
+    return compiled(model.to(device)), facts, out
 
 
 def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: Path) -> list[str]:
@@ -1984,7 +2385,7 @@ def read_run(path: Path, cfg: Config) -> dict | None:
         now, then = asdict(cfg), run["config"]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not a run of --compare; must be removed") from e
-    other = [flag(name) for name in now if name not in RUN_OPTIONS[:3] and then.get(name) != now[name]]
+    other = [flag(name) for name in now if name not in HOW and then.get(name) != now[name]]
     if other:
         raise UserError(f"{path}: a run with other {', '.join(other)}; give another --out, or remove it")
     return run
@@ -1992,12 +2393,15 @@ def read_run(path: Path, cfg: Config) -> dict | None:
 
 def run_arm(cfg: Config, device: torch.device, path: Path, interrupts: list) -> dict | None:
     """Train one arm with one seed, and test it: what becomes the file `path`. None if interrupted."""
+    set_up(cfg, device)
     model, facts = fit(cfg, device, interrupts)
-    if interrupts:
+    if facts["stopped"] == "interrupted":
         return None
     found = evaluate(model, TASKS[cfg.task].make(cfg, cfg.test_size, "test").to(device))
     run = {"seed": cfg.seed, **facts, "exact": found["exact"], "passes": found["passes"]}
     run |= {"params": sum(p.numel() for p in model.parameters()), "config": asdict(cfg)}
+    if processes()[0]:
+        return run
     save_checkpoint(path.with_suffix(".pt"), model, facts)
     with replacing(path) as beside:
         beside.write_text(json.dumps(readable(run), indent=1))
@@ -2040,6 +2444,8 @@ def compare(given: dict, text: str, seeds: str, interrupts: list) -> int:
             + f"; {run['stopped']}" * bool(run["stopped"])
         )
     found = {name: {**summarise(of), "runs": of} for name, of in runs.items()}
+    if processes()[0]:
+        return 0
     print_comparison(found)
     with replacing(out / "compare.json") as beside:
         beside.write_text(
@@ -2071,16 +2477,130 @@ def print_comparison(found: dict) -> None:
         print(f"{line}  {of['train_seconds']:7.0f}")
 
 
+BENCH_SECONDS = 5.0  # to measure for
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+CPU_FLOPS = {  # torch counts attention on a GPU only
+    getattr(torch.ops.aten, ATTENTION): lambda *s, **_: sdpa_flop_count(*s[:3]),  # of the tensors' shapes
+    getattr(torch.ops.aten, f"{ATTENTION}_backward"): lambda *s, **_: sdpa_backward_flop_count(*s[:4]),
+}
+
+
+def wait_for(device: torch.device) -> float:
+    """The time at which the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+def product_speed(cfg: Config, device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the precision of the net: the best of ten, of every process."""
+    n, times = 8192 if device.type == "cuda" else 2048, []
+    a = torch.randn(n, n, device=device).to(torch.bfloat16 if in_bf16(cfg, device) else torch.float32)
+    for _ in range(10):
+        began = wait_for(device)
+        a @ a
+        times.append(wait_for(device) - began)
+    return processes()[1] * 2 * n**3 / min(times)
+
+
+def training_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
+    """Examples and applications of the net to a batch, a second; FLOPs of an update, counted by shape."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+        train(replace(cfg, compile=False), data, lambda at, loss, model: "one" * at.steps_done)
+    marks = []
+
+    def watch(at, loss, model):  # from update 5 on, when caches are warm and all is compiled
+        if at.steps_done == 5 or marks and largest(time.perf_counter() - marks[0][0]) > BENCH_SECONDS:
+            marks.append((wait_for(device), at))
+        return "enough" * (len(marks) == 2)
+
+    train(cfg, data, watch)
+    (began, first), (ended, last) = marks
+    examples, updates = (last.share - first.share) * cfg.examples, last.steps_done - first.steps_done
+    passes, flops = last.train_passes - first.train_passes, processes()[1] * counter.get_total_flops()
+    return speeds(examples, passes, updates * flops, ended - began, device)
+
+
+def evaluation_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
+    """The same for answers to puzzles, in batches as large as `answer` makes them."""
+    model, N = compiled(LoopedModel(cfg).to(device)), processes()[1]
+    batch = at_once(model, data.x.shape[1], 256)
+    x, calls = data.x[torch.arange(N * batch, device=device) % len(data)], 0
+    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+        answer(LoopedModel(cfg).to(device), x)
+    answer(model, x)
+    before, began = model.forward_passes, wait_for(device)
+    while largest(wait_for(device) - began) < BENCH_SECONDS:
+        answer(model, x)
+        calls += 1
+    took, passes = wait_for(device) - began, model.forward_passes - before
+    return speeds(calls * len(x), N * passes, N * calls * counter.get_total_flops(), took, device)
+
+
+def speeds(examples: float, passes: int, flops: int, seconds: float, device: torch.device) -> dict:
+    """What --bench says of training or evaluation. Memory: of tensors on CUDA, else of the whole process."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.name == "nt":
+        peak = math.nan  # Windows does not say
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rates = {"examples_per_second": examples / seconds, "passes_per_second": passes / seconds}
+    return {**rates, "flops_per_second": flops / seconds, "peak_bytes": peak}
+
+
+def print_speeds(found: dict) -> None:
+    product = found["product_flops_per_second"]
+    print(f"{found['processes']} x {found['device']}: a matrix product makes {product / 1e9:.0f} GFLOP/s\n")
+    print(f"{'':10}  examples/s  passes/s   GFLOP/s  of a product  peak MB")
+    for what in ("training", "evaluation"):
+        examples, passes, flops, peak = found[what].values()
+        line = f"{what:10}  {examples:10.1f}  {passes:8.1f}  {flops / 1e9:8.1f}  {flops / product:12.0%}"
+        print(f"{line}  {peak / 1e6:7.0f}")
+
+
+def bench(given: dict) -> int:
+    """Print, and write to bench.json, how fast this configuration trains and evaluates, and how well it uses
+    the machine: its FLOP/s against those of a large matrix product, measured in the same run."""
+    cfg = configure(**given)
+    check_share(cfg)
+    device, out = pick_device(cfg.device), prepare_folder(Path(cfg.out or f"runs/{cfg.task}-{cfg.scheme}"))
+    set_up(cfg, device)
+    make, few = TASKS[cfg.task].make, min(cfg.batch_size, 200)
+    data = load_trajectories(cfg) if cfg.target == "file" else make(cfg, few, "train", cfg.seed)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    found = {"device": name, "processes": processes()[1], "threads": torch.get_num_threads()}
+    found["product_flops_per_second"] = product_speed(cfg, device)
+    long = replace(cfg, examples=10**10, budget_seconds=0.0)
+    found["training"] = training_speed(long, data.to(device), device)
+    found["evaluation"] = evaluation_speed(cfg, data.to(device), device)
+    if processes()[0] == 0:
+        print_speeds(found)
+        with replacing(out / "bench.json") as beside:
+            found |= {"torch": torch.__version__, "config": asdict(cfg)}
+            beside.write_text(json.dumps(readable(found), indent=1))
+        print(f"\nwrote {out / 'bench.json'}")
+    return 0
+
+
 def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
     checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
-    if checkpoint is not None and arms is not None:
-        raise UserError(f"--eval {checkpoint}: must go without --compare")
+    resume, benches = given.pop("resume"), given.pop("bench")
+    modes = {"--eval": checkpoint is not None, "--compare": arms is not None, "--resume": resume}
+    several = [name for name, on in {**modes, "--bench": benches}.items() if on]
+    if len(several) > 1:
+        raise UserError(f"{several[0]}{f' {checkpoint}' * modes['--eval']}: must go without {several[1]}")
+    if seeds is not None and arms is None:
+        raise UserError(f"--seeds {seeds}: must go with --compare")
+    if benches:
+        return bench(given)
     if arms is not None:
         return compare(given, arms, seeds or "1", interrupts)
-    if seeds is not None:
-        raise UserError(f"--seeds {seeds}: must go with --compare")
-    model, facts, out = obtain(given, checkpoint, interrupts)
+    model, facts, out = obtain(given, checkpoint, resume, interrupts)
     fresh = checkpoint is None
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
     test = make(cfg, cfg.test_size, "test").to(model.y0.device)
@@ -2096,6 +2616,8 @@ def run(given: dict, started: float, interrupts: list) -> int:
     print(
         f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters"
     )
+    if processes()[0]:
+        return 0
     drawn = draw_all(model, test, found, longer, out) if cfg.figures else []
     written = ["model.pt"] * fresh + ["metrics.json", *drawn]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
@@ -2120,9 +2642,11 @@ def main(argv=None, started: float | None = None) -> int:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        return run(parse(argv), time.perf_counter() if started is None else started, interrupts)
+        with joined_processes():
+            return run(parse(argv), time.perf_counter() if started is None else started, interrupts)
     except UserError as e:
-        print(f"lrpi: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"lrpi: {e}", file=sys.stderr)
     except OSError as e:
         print(f"lrpi: {e.filename or '--out'}: {e.strerror}; must be a place to write to", file=sys.stderr)
     finally:

@@ -7,6 +7,7 @@ What is checked is computed a second time in this file, by other means; toleranc
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -17,10 +18,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1656,6 +1659,8 @@ def test_eval_does_not_inherit_where_training_wrote(tmp_path, capsys):
     ["--hinge", "1", "--awr", "1"], ["--scheme", "one-pass"], ["--scheme", "final", "--budget-seconds", "0.5"],
     ["--task", "sudoku"], ["--task", "sudoku", "--size", "6", "--mixer", "conv", "--scheme", "trm-medium"],
     ["--task", "nqueens"], ["--task", "nqueens", "--size", "6", "--target", "mask", "--scheme", "one-pass"],
+    ["--preset", "paper-compact", "--batch-size", "8"], ["--task", "sudoku", "--size", "4", "--precision", "bf16",
+     "--preset", "trm", "--mixer", "mlp", "--batch-size", "8", "--heads", "4", "--n-sup", "3", "--deterministic"],
 ])  # fmt: skip
 def test_every_kind_of_model_trains(given, tmp_path, capsys):
     small = ["--examples", "10", "--train-size", "50", "--test-size", "8", "--width", "16", "--ffn", "32"]
@@ -1721,6 +1726,14 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--compare", "dis+task=sudoku"], ["--compare dis+task=sudoku", "--task"]),
     (["--compare", "dis", "--eval", "model.pt"], ["--eval", "--compare"]),
     (["--compare", "dis", "--size", "12"], ["--size", "12"]),
+    (["--resume"], ["--resume", "there is no runs/maze-dis/training.pt"]),
+    (["--resume", "--eval", "model.pt"], ["--resume", "--eval"]),
+    (["--bench", "--compare", "dis"], ["--bench", "--compare"]),
+    (["--bench", "--resume"], ["--resume", "--bench"]),
+    (["--preset", "huge"], ["--preset huge", "none, paper-compact, paper-medium, trm"]),
+    (["--precision", "fp8"], ["--precision fp8", "auto, fp32, tf32, bf16"]),
+    (["--optimizer", "sgd"], ["--optimizer sgd", "muon, adamw, adam-atan2"]),
+    (["--save-minutes", "-1"], ["--save-minutes", "-1", "from 0"]),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(args, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2099,6 +2112,337 @@ def test_the_other_tasks_train_and_draw(task, tmp_path):
     assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--no-figures"]) == 0
     fresh, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("", "eval"))
     assert fresh["exact"] == again["exact"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speed: what is written by hand for it computes the same
+
+
+@pytest.mark.parametrize(
+    "B, size, D, K", [(12, 11, 8, 7), (1, 5, 16, 7), (40, 9, 3, 5), (5, 31, 4, 7), (3, 4, 4, 9)]
+)
+def test_gradients_of_the_convolution_are_those_of_torch(B, size, D, K):
+    """In float64, rtol 1e-9; batches that are done in one piece and in several, kernels larger than the grid."""
+    h, w, g = (torch.randn(shape, dtype=torch.float64, generator=generator(k), requires_grad=True)
+               for k, shape in enumerate([(B, D, size, size), (D, 1, K, K), (B, D, size, size)]))  # fmt: skip
+    ours, theirs = lrpi.DepthwiseConv.apply(h, w), F.conv2d(h, w, padding="same", groups=D)
+    assert torch.allclose(ours, theirs, rtol=1e-9)
+    for a, b in zip(
+        torch.autograd.grad(ours, (h, w), g), torch.autograd.grad(theirs, (h, w), g), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_gradient_of_the_norm_against_finite_differences(axis):
+    h = torch.randn(3, 5, 7, dtype=torch.float64, generator=generator(), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h: lrpi.rms_norm(h, axis), h)
+    assert torch.allclose(lrpi.rms_norm(h, axis).square().mean(axis), torch.ones(()).double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_takes_the_steps_of_torch(shape):
+    """Its Newton-Schulz polynomial acts on singular values alone; torch works in bfloat16, so atol is 2% of lr."""
+    m = torch.randn(shape, generator=generator())
+    U, S, Vh = torch.linalg.svd(m.double(), full_matrices=False)
+    S = S / S.norm()
+    for _ in range(5):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    assert torch.allclose(lrpi.orthogonal(m).double(), U * S @ Vh, atol=1e-4)
+    ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=generator(1))) for _ in range(2))
+    optimizers = lrpi.Muon([ours], 0.1, 0.2), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2)
+    for k in range(4):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator(2 + k))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=4 * 0.1 * 0.02)
+
+
+def test_adam_atan2_against_plain_numbers():
+    """Five steps of one weight by the formulas; rtol 1e-5."""
+    p, lr, decay = torch.nn.Parameter(torch.tensor([0.7])), 0.1, 0.3
+    optimizer, x, m, v = lrpi.AdamAtan2([p], lr, (0.9, 0.95), decay), 0.7, 0.0, 0.0
+    for t, g in enumerate([3.0, -1.0, 0.0, 1e-30, 50.0], 1):
+        p.grad = torch.tensor([g])
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        x = x * (1 - lr * decay) - lr * math.atan2(m / (1 - 0.9**t), math.sqrt(v / (1 - 0.95**t)))
+        assert math.isclose(p.item(), x, rel_tol=1e-5)
+
+
+def test_stablemax_is_the_published_one():
+    """Against s(v) = v + 1 from 0 on, 1 / (1 - v) below, in float64; the gradient at 0 is that of both sides."""
+    readout = lrpi.LoopedModel(tiny(stablemax=True)).readout
+    h = 30 * torch.randn(50, 16, generator=generator())
+    v = h.double() @ readout.weight.double().T
+    s = torch.where(v >= 0, v + 1, 1 / (1 - v))
+    assert torch.allclose(readout(h).softmax(-1).double(), s / s.sum(-1, keepdim=True), atol=1e-5)
+    zero = torch.zeros(1, 16)
+    readout(zero)[0, 0].backward()  # log s has slope 1 at 0
+    assert readout.weight.grad.abs().max() == 0
+    gradient = torch.autograd.grad(readout(zero.requires_grad_())[0, 0], zero)[0]
+    assert torch.allclose(gradient[0], readout.weight[0])
+
+
+@pytest.mark.parametrize("preset, params", [("paper-compact", 0.8e6), ("paper-medium", 7e6), ("trm", 7e6)])
+def test_presets_have_the_published_sizes(preset, params):
+    for task in ("maze", "sudoku"):
+        cfg = lrpi.configure(task=task, preset=preset)
+        found = sum(p.numel() for p in lrpi.LoopedModel(cfg).parameters())
+        assert abs(found / params - 1) < 0.1 and cfg.hinge == 0 and cfg.warmup == 2000
+        assert cfg.n_sup * cfg.T * (cfg.n + 1) == (336 if preset == "trm" else 18)
+    mixed = lrpi.configure(preset="paper-medium", scheme="trm", mixer="mlp", width=64)
+    assert (mixed.T, mixed.target, mixed.layers, mixed.mixer, mixed.width) == (3, "final", 2, "mlp", 64)
+
+
+@pytest.mark.parametrize("mixer", ["conv", "attention", "mlp"])
+def test_bfloat16_is_for_matrix_products_only(mixer):
+    """On the CPU, too: states, logits and weights stay float32, and differ a little from float32's (by 5%)."""
+    outputs = {}
+    for precision in ("fp32", "bf16"):
+        model, x, y, z, s = model_and_state(tiny(mixer=mixer, precision=precision))
+        inside = []
+        model.nets[0][0].swiglu.down.register_forward_hook(
+            lambda *a, inside=inside: inside.append(a[2].dtype)
+        )
+        outputs[precision] = model(x, y, z, s)[0]
+        outputs[precision].square().sum().backward()
+        assert model.readout(outputs[precision]).dtype == outputs[precision].dtype == torch.float32
+        assert set(inside) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.nets.parameters())
+    gap = (outputs["fp32"] - outputs["bf16"]).abs()
+    assert 0 < gap.max() and gap.mean() < 0.05
+    losses, cfg = [], tiny(mixer=mixer, examples=72, precision="bf16", lr=0.02, warmup=0)
+    lrpi.train(cfg, lrpi.make_mazes(80, 5), record(losses))
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def test_a_compiled_net_trains_the_same(monkeypatch):
+    """With the backend that needs no compiler; atol 1e-5. The weights keep their names."""
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    )
+    data, found = lrpi.make_mazes(30, 5), []
+    for compile in (False, True):
+        losses = []
+        model = lrpi.train(tiny(examples=12, compile=compile), data, record(losses))[0]
+        found.append((losses, model.state_dict()))
+    assert np.allclose(*(losses for losses, _ in found), atol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys()
+
+
+def test_a_gpu_evaluates_as_many_puzzles_as_fit(monkeypatch):
+    """Twice the memory, twice the puzzles; four times the cells, a fourth of them; on a CPU, what is said."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
+    model = lrpi.LoopedModel(tiny())
+    there = SimpleNamespace(y0=SimpleNamespace(device=torch.device("cuda")), nets=model.nets, cfg=model.cfg)
+    free = 5 * 10**8
+    some = lrpi.at_once(there, 100, 256)
+    assert some * 100 * 4 * (8 * 16 + 4 * 32 + 40 * 5) == pytest.approx(free / 2, rel=0.01)
+    assert lrpi.at_once(there, 400, 256) == some // 4 and lrpi.at_once(model, 100, 256) == 256
+    free = 10**9
+    assert lrpi.at_once(there, 100, 256) in (2 * some, 2 * some + 1)
+    free = 10**13
+    assert lrpi.at_once(there, 100, 256) == 4096
+
+
+def test_bench_counts_what_the_shapes_say(tmp_path, monkeypatch, capsys):
+    """FLOPs an update by hand: 3 passes, each as much again twice in the gradient; Muon's products within 10%."""
+    monkeypatch.setattr(lrpi, "BENCH_SECONDS", 0.3)
+    given = {"mixer": "attention", "size": 5, "width": 32, "ffn": 64, "batch-size": 64, "out": tmp_path}
+    args = [f"--{name}={value}" for name, value in given.items()]
+    assert lrpi.main([*args, "--bench"]) == 0
+    found, D, N = json.loads((tmp_path / "bench.json").read_text()), 32, 64 * 25
+    forward = 2 * N * (4 * D * D + 3 * D * 64) + 4 * N * 25 * D
+    train, test = found["training"], found["evaluation"]
+    assert train["flops_per_second"] / train["passes_per_second"] == pytest.approx(3 * forward, rel=0.1)
+    assert test["flops_per_second"] / test["passes_per_second"] == pytest.approx(
+        4 * forward, rel=0.1
+    )  # of 256
+    assert train["examples_per_second"] == pytest.approx(train["passes_per_second"] * 64 / 18, rel=1e-3)
+    assert test["examples_per_second"] == pytest.approx(test["passes_per_second"] * 256 / 18, rel=1e-3)
+    assert 0 < found["product_flops_per_second"] and 10**7 < train["peak_bytes"] <= test["peak_bytes"]
+    assert {p.name for p in tmp_path.iterdir()} == {"bench.json"} and "training" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Going on after an interruption
+
+
+def stop_at(step):
+    return lambda at, loss, model: "interrupted" if at.steps_done == step else ""
+
+
+@pytest.mark.parametrize("given", [{}, {"ema": 0.0, "optimizer": "adamw", "cosine": False},
+                                   {"scheme": "trm", "T": 1, "n": 1, "optimizer": "adam-atan2"}])  # fmt: skip
+def test_resumed_equals_uninterrupted_bit_for_bit(given, tmp_path):
+    """Stopped twice, in the middle of rollouts; every weight and every fact of training is the same."""
+    cfg, data = tiny(**{"examples": 60, **given}), lrpi.make_mazes(70, 5)
+    model, facts = lrpi.train(cfg, data)
+    for k, step in enumerate((7, 20, 10**9)):
+        torch.manual_seed(k)  # whatever happened before
+        keep = lrpi.Snapshots(tmp_path / "training.pt", cfg, resume=k > 0)
+        again, found = lrpi.train(cfg, data, stop_at(step), keep)
+    assert facts["steps_done"] > 20 and {**found, "train_seconds": 0} == {**facts, "train_seconds": 0}
+    assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
+
+
+RUN = ["--size", "5", "--width", "16", "--ffn", "32", "--n-sup", "2", "--test-size", "20", "--train-size", "200", "--no-figures"]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills as Unix does")
+def test_kill_9_then_resume(tmp_path):
+    """The killed and resumed command leaves the model of `fit` in this process, and no training.pt."""
+    args = [*RUN, "--examples", "3000", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, str(HERE / "lrpi.py"), *args, "--save-minutes", "1e-6"],
+                               stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while not (tmp_path / "out" / "training.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out" / "model.pt").exists()
+    done = cli(*args, "--resume", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    got, facts = lrpi.load_checkpoint(str(tmp_path / "out" / "model.pt"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of sums depends on it
+    cfg = lrpi.configure(**{k: v for k, v in lrpi.parse(args).items() if k in lrpi.Config.__annotations__})
+    expected, wanted = lrpi.fit(cfg, torch.device("cpu"), [])
+    torch.set_num_threads(threads)
+    assert facts["steps_done"] == 500 and [at["exact"] for at in facts["curve"]] == [
+        at["exact"] for at in wanted["curve"]
+    ]
+    assert all(torch.equal(v, got.state_dict()[name]) for name, v in expected.state_dict().items())
+    assert not (tmp_path / "out" / "training.pt").exists()
+
+
+def test_a_bad_snapshot_gets_one_clear_line(tmp_path, capsys):
+    cfg, path = tiny(examples=60, out=str(tmp_path)), tmp_path / "training.pt"
+    lrpi.train(cfg, lrpi.make_mazes(70, 5), stop_at(10), lrpi.Snapshots(path, cfg))
+    whole = path.read_bytes()
+    given = {"size": 5, "width": 16, "ffn": 24, "heads": 2, "examples": 60, "out": tmp_path}
+    same = [f"--{name}={value}" for name, value in given.items()] + ["--no-figures"]
+    cases = {f"cut {tenth}": whole[: len(whole) * tenth // 10] for tenth in range(10)} | {"text": b"not one"}
+    for data in cases.values():
+        path.write_bytes(data)
+        assert lrpi.main([*same, "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--resume: {path} is damaged" in error, error
+    path.write_bytes(whole)
+    assert lrpi.main([*same, "--resume", "--seed=3", "--lr=0.5", "--save-minutes=0"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "(--seed 3, not 0, --lr 0.5, not 0.01)" in error, error
+    path.unlink()
+    assert lrpi.main([*same, "--resume"]) == 2
+    assert f"there is no {path}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt" or not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_keeps_the_old_snapshot_and_training_goes_on(tmp_path, capsys, monkeypatch):
+    cfg, data, path = tiny(examples=60, save_minutes=1e-9), lrpi.make_mazes(70, 5), tmp_path / "training.pt"
+    path.write_text("old")
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: write(Path("/dev/full"), data))
+    facts = lrpi.train(cfg, data, keep=lrpi.Snapshots(path, cfg))[1]
+    error = capsys.readouterr().err
+    assert facts["stopped"] == "" and "No space left" in error and str(path) in error
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["training.pt"]
+
+
+def test_determinism_is_asked_of_torch_and_taken_back():
+    for deterministic in (True, False):
+        lrpi.set_up(tiny(deterministic=deterministic), torch.device("cpu"))
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes
+
+WORK = """
+import json, pathlib, sys, torch, lrpi
+found = {}
+with lrpi.joined_processes():
+    N = lrpi.processes()[1]
+    for name, given in json.loads(sys.argv[2]).items():
+        cfg, losses = lrpi.configure(**given), []
+        model, facts = lrpi.train(cfg, lrpi.make_mazes(130, 5), lambda at, loss, model: losses.append(loss) or "")
+        test = lrpi.make_mazes(50, 5, "test")
+        found[name] = {"losses": (lrpi.total(torch.stack(losses[1:])) / N).tolist(), "seen": facts["examples_seen"]}
+        found[name] |= {"test": lrpi.evaluate(model, test, batch=20), "few": lrpi.evaluate(model, test[:3])}
+        stop = lrpi.stopping("kl", 1e-3)
+        found[name]["answers"] = [t.tolist() for t in lrpi.answer(model, test.x, stop=stop, batch=20)]
+    if N == 2:
+        cfg = lrpi.configure(**json.loads(sys.argv[2])["dis"])
+        keep = lrpi.Snapshots(pathlib.Path("training.pt"), cfg)
+        lrpi.train(cfg, lrpi.make_mazes(130, 5), lambda at, *_: "interrupted" * (at.steps_done == 20), keep)
+    try:
+        lrpi.check_share(lrpi.configure(batch_size=3))
+    except lrpi.UserError as e:
+        found["error"] = str(e)
+    if lrpi.processes()[0] == 0:
+        json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+def close(a, b, atol):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k], atol) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(close(u, v, atol) for u, v in zip(a, b, strict=True))
+    return a == b or (a is not None and b is not None and abs(a - b) <= atol)
+
+
+def torchrun(*args, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=env, text=True, capture_output=True,
+                          timeout=300, check=False)  # fmt: skip
+
+
+several = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this build of torch has no gloo",
+)
+
+
+@several
+def test_two_processes_do_what_one_does(tmp_path):
+    """Losses over 50 updates and more to 1e-5; the same puzzles; metrics to 1e-4, of 3 puzzles, too.
+
+    What two have begun, one can go on with.
+    """
+    base = {"size": 5, "width": 16, "ffn": 32, "batch_size": 4, "examples": 34, "precision": "fp32"}
+    runs = {"dis": {}, "untied": {"mixer": "attention", "hinge": 1.0, "T": 2, "untied": True, "examples": 10},
+            "trm": {"scheme": "trm", "T": 2, "n": 1, "n_sup": 4, "examples": 50}}  # fmt: skip
+    runs = json.dumps({name: {**base, **given} for name, given in runs.items()})
+    (tmp_path / "work.py").write_text(WORK)
+    done = torchrun("work.py", "two.json", runs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    subprocess.run([sys.executable, "work.py", "one.json", runs], cwd=tmp_path, env=env, check=True)
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert two.pop("error") == "--batch-size 3: must be a multiple of the number of processes, 2"
+    assert len(one["dis"]["losses"]) == 51 and len(one["trm"]["losses"]) >= 45
+    for name in two:
+        assert close(one[name]["losses"], two[name]["losses"], 1e-5), name
+        assert one[name]["seen"] == two[name]["seen"] and one[name]["answers"] == two[name]["answers"]
+        assert close(one[name]["test"], two[name]["test"], 1e-4), name
+        assert close(one[name]["few"], two[name]["few"], 1e-4), name
+    losses, cfg = [], lrpi.configure(**json.loads(runs)["dis"])
+    keep = lrpi.Snapshots(tmp_path / "training.pt", cfg, resume=True)
+    lrpi.train(cfg, lrpi.make_mazes(130, 5), record(losses), keep)
+    assert close(losses, one["dis"]["losses"][20:], 1e-5)
+
+
+@several
+def test_torchrun_leaves_one_set_of_results(tmp_path):
+    done = torchrun(HERE / "lrpi.py", *RUN, "--examples", "100", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out puzzles solved, with") == 1, "rank 0 speaks"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json", "model.pt"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["examples_seen"] >= 100
 
 
 # ------------------------------------------------------------------------------------------------------------
