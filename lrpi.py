@@ -318,8 +318,9 @@ def carve(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def grid(cells: torch.Tensor) -> torch.Tensor:
-    """[N, L] -> [N, H, W] for square puzzles."""
-    return cells.unflatten(1, (math.isqrt(cells.shape[1]), -1))
+    """[N, L] -> [N, H, W] for square puzzles, without what stands before the grid; grids stay as they are."""
+    side = math.isqrt(cells.shape[1])
+    return cells if cells.ndim == 3 else cells[:, -(side**2) :].unflatten(1, (side, side))
 
 
 def neighbours(mask: torch.Tensor) -> torch.Tensor:
@@ -408,6 +409,9 @@ class Task(NamedTuple):
     defaults: dict  # what it changes of Config's
     glyphs: str = ""  # what is written into cells, by token
     boxes: Callable = lambda size: (size, size)  # size -> rows and columns between heavy lines
+    letters: str = ""  # that stand for the tokens in text files
+    alias: str = ""  # two letters: the first is read as the second
+    fault: Callable | None = None  # x [H, W] -> None, or row, column and what is wrong with a question
 
 
 MAZE_LEGEND = {"wall": "#30343f", "open": "#f4f1ea", "start": "#009e73", "goal": "#d55e00", "path": "#56b4e9"}
@@ -418,6 +422,9 @@ TASKS = {
         lambda size: MAZE_LEGEND,
         range(5, 62, 2),
         {},
+        letters="# SGo",
+        alias=". ",
+        fault=lambda x: maze_fault(x),
     )
 }
 
@@ -534,10 +541,11 @@ class LoopedModel(nn.Module):
     `forward_passes` counts how often `net` was applied.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, shape: tuple[int, int] | None = None):
         super().__init__()
         self.cfg, self.forward_passes, D, V = cfg, 0, cfg.width, len(legend(cfg))
-        net = nn.Sequential(*(Block(cfg, (cfg.size, cfg.size)) for _ in range(cfg.layers)))
+        self.shape = shape or (cfg.size, cfg.size)  # H, W
+        net = nn.Sequential(*(Block(cfg, self.shape) for _ in range(cfg.layers)))
         copies = cfg.T * (cfg.n + 1) - 1 if cfg.untied else 0  # equal at first, so schemes start as one
         self.nets = nn.ModuleList([net, *(copy.deepcopy(net) for _ in range(copies))])
         self.tokens = nn.Embedding(V, D)
@@ -556,7 +564,8 @@ class LoopedModel(nn.Module):
 
     def start(self, B: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The state before the first step: y0 and z0 in every cell, each [B, L, D]."""
-        return self.y0.expand(B, self.cfg.size**2, -1), self.z0.expand(B, self.cfg.size**2, -1)
+        L = math.prod(self.shape)
+        return self.y0.expand(B, L, -1), self.z0.expand(B, L, -1)
 
     def net(self, h: torch.Tensor) -> torch.Tensor:
         net = self.nets[self.forward_passes % len(self.nets)]
@@ -582,9 +591,12 @@ class LoopedModel(nn.Module):
         return self.cycle(x, y, z)
 
 
-def resized(model: LoopedModel, size: int) -> LoopedModel:
-    """The same weights for puzzles of another size; not for the mlp mixer, whose weights fit one only."""
-    other = LoopedModel(replace(model.cfg, size=size)).to(model.y0.device)
+def resized(model: LoopedModel, size: int = 0, shape: tuple[int, int] | None = None) -> LoopedModel:
+    """The same weights for puzzles of another size, or of any shape (rows, columns).
+
+    Not for the mlp mixer, whose weights fit one length only.
+    """
+    other = LoopedModel(replace(model.cfg, size=size or model.cfg.size), shape).to(model.y0.device)
     other.load_state_dict(model.state_dict())
     return other
 
@@ -1197,6 +1209,7 @@ def sudoku_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
     Solved: the given digits stand, and every row, column and box has every digit once.
     """
+    x, answer = x.flatten(1), answer.flatten(1)
     size = math.isqrt(x.shape[1])
     valid = answer <= size  # a mask token is no digit
     once = units(size).to(x.device) @ digits(answer.where(valid, 0), size) == 1  # [B, 3 size, size]
@@ -1255,15 +1268,19 @@ def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return new.gather(1, y.gather(1, cell.flatten(1)).long()).to(y.dtype)
 
 
-def other_solutions(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def other_solutions(x: torch.Tensor, y: torch.Tensor, most: float = math.inf) -> torch.Tensor | None:
     """For sudokus x [N, L] with a solution y each: another solution, or y where there is no other. [N, L]
 
-    A complete search: propagate, then try all digits of the blank with the fewest.
+    A complete search: propagate, then try all digits of the blank with the fewest. None once it has
+    looked at more than `most` boards.
     """
     other, boards, owner = y.clone(), x.clone(), torch.arange(len(x))
     while len(boards):
+        if most < 0:
+            return None
         last = slice(max(0, len(boards) - 3000), None)  # the newest first, so that memory stays bounded
         now, of = boards[last], owner[last]
+        most -= len(now)
         filled, free, broken = propagate(now)
         found = sudoku_solved(now, now) & (now != y[of]).any(1)
         other[of[found]] = now[found]
@@ -1355,6 +1372,7 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
     Solved: the given queens stand, each row and column has one queen, and no diagonal has two.
     """
+    x, answer = x.flatten(1), answer.flatten(1)
     board = grid(answer == QUEEN).int()  # [B, H, W]
     diagonals = range(1 - board.shape[1], board.shape[1])
     sums = [b.diagonal(k, 1, 2).sum(1) for b in (board, board.flip(2)) for k in diagonals]  # each [B]
@@ -1373,6 +1391,9 @@ TASKS["sudoku"] = Task(
     {"size": 9, **BOARD, "pace": 1},
     " 123456789",
     BOXES.get,
+    ".123456789",
+    "0.",
+    lambda x: sudoku_fault(x),
 )
 TASKS["nqueens"] = Task(
     lambda cfg, count, split, seed=0: make_queens(count, cfg.size, split, seed),
@@ -1381,7 +1402,178 @@ TASKS["nqueens"] = Task(
     range(5, 11),  # of the few boards of 4 x 4, none is in the split `valid`
     {"size": 8, **BOARD, "pace": 2, "train_size": 7200},
     " ♛",
+    letters=".Q",
+    alias="♛Q",
+    fault=lambda x: queens_fault(x),
 )
+
+# ------------------------------------------------------------------------------------------------------------
+# Puzzles of your own, as text
+
+
+def clash(x: torch.Tensor, peers: torch.Tensor) -> tuple[int, int] | None:
+    """Row and column of the first cell of x [H, W] with the token, not 0, of an earlier one of its `peers`."""
+    cells = x.flatten()  # [L]; peers [L, L]
+    bad = (peers & (cells[:, None] == cells) & (cells != 0)).tril(-1).any(1)
+    return divmod(bad.int().argmax().item(), x.shape[1]) if bad.any() else None
+
+
+def maze_fault(x: torch.Tensor) -> tuple | None:
+    """Row, column and what is wrong with a maze x [H, W]: it needs one start, one goal, and a way between."""
+    if path := (x == PATH).nonzero().tolist():
+        return *path[0], "an o; must be of answers only"
+    for token, name in ((START, "S"), (GOAL, "G")):
+        at = (x == token).nonzero().tolist()
+        if len(at) != 1:
+            return (0, 0, f"no {name}; must be one") if not at else (*at[1], f"a second {name}; must be one")
+    reached, free = (x == START)[None], (x != WALL)[None]
+    while (more := free & ~reached & (neighbours(reached) > 0)).any():
+        reached = reached | more
+    return None if reached[0][x == GOAL].all() else (*at[0], "no way leads from S to this G")
+
+
+def sudoku_fault(x: torch.Tensor) -> tuple | None:
+    """Row, column and what is wrong with a sudoku x [H, W]: givens in conflict, or no solution."""
+    U = units(len(x))
+    if at := clash(x, U.T @ U > 0):
+        return *at, f"{x[at]} stands in this row, column or box already"
+    found = other_solutions(x.view(1, -1), torch.zeros_like(x).view(1, -1), most=500)  # a second
+    return (0, 0, "this sudoku has no solution") if found is not None and not found.any() else None
+
+
+def queens_fault(x: torch.Tensor) -> tuple | None:
+    """Row, column and what is wrong with a board x [H, W]: queens that attack each other, or no completion."""
+    cell = torch.arange(x.numel())
+    rows, cols = (v[:, None] - v for v in (cell // len(x), cell % len(x)))  # [L, L]
+    if at := clash(x, (rows == 0) | (cols == 0) | (rows.abs() == cols.abs())):
+        return *at, "another queen attacks this one"
+    fits = (placements(len(x)) >= x.flatten()).all(1).any()
+    return None if fits else (0, 0, "these queens cannot be completed")
+
+
+def boards(text: str, task: Task) -> list:
+    """The puzzles in a text: each a list of rows, and a row a list of cells (line, column, character).
+
+    Empty lines part them. Except in mazes, where a space is an open cell, spaces, | and lines of - + = are
+    decoration, and a line longer than any board holds a whole one.
+    """
+    decoration, found = "" if " " in task.letters else " \t|", [[]]
+    for number, line in enumerate(text.splitlines(), 1):
+        row = [(number, col, c) for col, c in enumerate(line, 1) if c not in decoration]
+        if decoration and row and {c for *_, c in row} <= set("-+="):
+            continue
+        if decoration and len(row) > max(task.sizes):
+            side = math.isqrt(len(row))
+            whole = side**2 == len(row) and side in task.sizes
+            found += [[row[i : i + side] for i in range(0, len(row), side)] if whole else [row], []]
+        elif row:
+            found[-1].append(row)
+        else:
+            found.append([])
+    return [rows for rows in found if rows]
+
+
+def tokens_of(rows: list, cfg: Config) -> torch.Tensor:
+    """The puzzle [H, W] uint8 in rows of `boards`. Raises `UserError` with line and column if there is none."""
+    task, H, W, first = TASKS[cfg.task], len(rows), len(rows[0]), rows[0][0][0]
+    letters = task.letters[: len(task.legend(cfg.size))]
+    for row in rows:
+        for line, col, c in row:
+            if c not in letters + task.alias[:1]:
+                raise UserError(
+                    f"line {line}, column {col}: {c!r}; must be one of {letters + task.alias[:1]!r}"
+                )
+        if len(row) != W:
+            raise UserError(f"line {line}: {len(row)} cells; must be {W}, as in line {first}")
+    if (task.glyphs or cfg.mixer == "mlp") and (H, W) != (cfg.size, cfg.size):
+        line = f" or {cfg.size**2} in one line," * bool(task.glyphs)
+        raise UserError(
+            f"line {first}: {H} x {W} cells; must be {cfg.size} x {cfg.size},{line} as in training"
+        )
+    read = str.maketrans(task.alias[:1], task.alias[1:])
+    return torch.tensor(
+        [[letters.index(c.translate(read)) for *_, c in row] for row in rows], dtype=torch.uint8
+    )
+
+
+ALIVE = 0.01  # a step is dead for --solve if it changes no probability by more than this
+
+
+def think_aloud(model: LoopedModel, x: torch.Tensor) -> tuple[list, str]:
+    """[(caption, answer [H, W], changed cells [H, W]), ..] for the puzzle x [H, W] and each step; how it went.
+
+    Without --think, the model may take four times its steps in training, and stops at the first dead one.
+    What surrounds a maze as a rim of walls is no part of what the model sees: it was trained without.
+    """
+    cfg, inner, steps, alive = model.cfg, (slice(None), slice(None)), model.cfg.thinks, 0
+    if cfg.task == "maze" and (cfg.mixer != "mlp" or x.shape != model.shape):
+        inner = tuple(slice(i.min(), i.max() + 1) for i in (x != WALL).nonzero(as_tuple=True))
+    if not cfg.think and not cfg.step_index:
+        steps = range(1, 4 * cfg.n_sup + 1)
+    model, now = resized(model, shape=tuple(x[inner].shape)), x.to(model.y0.device)
+    frames = [("puzzle", x, torch.zeros_like(x, dtype=torch.bool))]
+    for s, step in enumerate(rollout(model, now[inner].reshape(1, -1), steps), 1):
+        last, now = now, now.clone()
+        now[inner] = step.logits_c.argmax(-1).view(model.shape).to(now.dtype)
+        moved = largest_change(step.logits_u, step.logits_c).max().item()
+        alive += moved > ALIVE
+        frames.append((f"step {s}: {(now != last).sum()} changed", now.cpu(), (now != last).cpu()))
+        if moved <= ALIVE and not cfg.think and not cfg.step_index:
+            break
+    solved = TASKS[cfg.task].solved(x[None], now[None].cpu()).item()
+    sure = step.logits_c.softmax(-1).amax(-1).min()
+    return (
+        frames,
+        f"{'solved' if solved else 'not solved'}, {alive} of {s} steps alive, confidence {sure:.1%}",
+    )
+
+
+def picture(task: Task, tokens: torch.Tensor, changed: torch.Tensor) -> str:
+    """Tokens [H, W] as text; a ' behind a cell says that it has `changed`."""
+    rows = zip(tokens.tolist(), changed.tolist(), strict=True)
+    return "\n".join(
+        "".join(task.letters[t] + " '"[c] for t, c in zip(*row, strict=True)).rstrip() for row in rows
+    )
+
+
+def solve(given: dict, source: str, checkpoint: str | None) -> int:
+    """Solve the puzzles in the file `source`, or in standard input if it is "-", and print how. The exit code."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not text"
+        raise UserError(f"--solve {source}: {why}; must be a text file with puzzles, or -") from e
+    if checkpoint is None:
+        name = given.get("task", Config.task)
+        found = sorted(Path("runs").glob(f"{name}-*/model.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"--solve {source}: no runs/{name}-*/model.pt; train one, or give --checkpoint")
+        checkpoint = str(found[-1])
+    model, _ = load_checkpoint(checkpoint, **given)
+    cfg, task, bad = model.cfg, TASKS[model.cfg.task], 0
+    if not (every := boards(text, task)):
+        raise UserError(f"--solve {source}: empty; must be a text file with puzzles, or -")
+    out, model = prepare_folder(Path(cfg.out)) if cfg.out else None, model.to(pick_device(cfg.device))
+    print(f"{len(every)} of task {cfg.task}, by {checkpoint}; ' marks what a step changed")
+    for k, rows in enumerate(every, 1):
+        try:
+            x = tokens_of(rows, cfg)
+            if fault := task.fault(x):
+                line, col, _ = rows[fault[0]][fault[1]]
+                raise UserError(f"line {line}, column {col}: {fault[2]}")
+        except UserError as e:
+            print(f"lrpi: {source}, {e}", file=sys.stderr)
+            bad += 1
+            continue
+        frames, found = think_aloud(model, x)
+        for caption, *cells in frames:
+            print(f"\n{caption}\n{picture(task, *cells)}", flush=True)
+        print(f"\npuzzle {k}, line {rows[0][0][0]}: {found}")
+        if out:
+            names = draw_frames(cfg, frames, f"{cfg.task} {k}: {found}", out / f"puzzle-{k}", "changed")
+            print(f"wrote {', '.join(names)}")
+    return 2 if bad else 0
+
 
 # ------------------------------------------------------------------------------------------------------------
 # §9  Figures (matplotlib is imported here and nowhere else)
@@ -1586,11 +1778,11 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
 
 
 def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
-    """Tokens [L] as coloured cells, with what the task writes into them; crosses mark the `wrong` [L]."""
+    """Tokens [L] or [H, W] as coloured cells, with what the task writes into them; crosses mark the `wrong`."""
     from matplotlib.colors import ListedColormap
 
     cells, wrong = (grid(v[None])[0].cpu().numpy() for v in (tokens, wrong))
-    task, colours, size = TASKS[cfg.task], list(legend(cfg).values()), 44 / cfg.size
+    task, colours, size = TASKS[cfg.task], list(legend(cfg).values()), 44 / max(cells.shape)
     ax.imshow(cells, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1)
     for (row, col), token in np.ndenumerate(cells) if task.glyphs else ():
         ax.text(col, row, task.glyphs[token : token + 1], ha="center", va="center", fontsize=2 * size)
@@ -1605,26 +1797,33 @@ def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
 
 
 def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
-    """solution.png, the frames side by side, and solution.gif, one by one; returns the file names."""
+    """`draw_frames` of how a held-out puzzle is solved."""
+    frames, found = solution_frames(model, puzzle)
+    title = f"A held-out {model.cfg.task} from the hardest 1%: {found}"
+    return draw_frames(model.cfg, frames, title, out / "solution", "wrong")
+
+
+def draw_frames(cfg: Config, frames: list, title: str, path: Path, mark: str) -> list[str]:
+    """`path`.png, the frames side by side, and .gif, one by one; crosses `mark` cells. Returns the file names."""
     plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.patches import Patch
 
-    cfg, (frames, found) = model.cfg, solution_frames(model, puzzle)
+    png, gif = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "gif"))
     frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 17) for k in range(18)})]  # 18 at most
     cols = 4 if len(frames) <= 8 else 6
     rows = math.ceil(len(frames) / cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
-    fig.suptitle(f"A held-out {cfg.task} from the hardest 1%: {found}")
+    fig.suptitle(title)
     for ax, frame in zip(axes.flat, frames, strict=False):
         draw_frame(ax, cfg, *frame)
     for ax in axes.flat[len(frames) :]:
         ax.axis("off")
     keys = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend(cfg).items()]
     keys = [] if TASKS[cfg.task].glyphs else keys
-    keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label="wrong"))
+    keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label=mark))
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
-    with replacing(out / "solution.png") as beside:
+    with replacing(png) as beside:
         fig.savefig(beside, dpi=110)
     plt.close(fig)
 
@@ -1636,10 +1835,10 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 
     order = [*range(len(frames) - 1), len(frames) - 2, len(frames) - 1]  # lingers on the last answer
     animation = FuncAnimation(fig, show, order)
-    with replacing(out / "solution.gif") as beside:
+    with replacing(gif) as beside:
         animation.save(beside, writer=PillowWriter(fps=1), dpi=90)
     plt.close(fig)
-    return ["solution.png", "solution.gif"]
+    return [png.name, gif.name]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1761,10 +1960,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv) -> dict:
-    """The options that were given on the command line: fields of `Config`, `eval`, `compare` and `seeds`."""
+    """The options that were given on the command line: fields of `Config`, and COMMANDS."""
     parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
     parser.add_argument("--compare", metavar="LIST", help=COMPARE_HELP)
+    parser.add_argument("--solve", metavar="FILE", help="solve the puzzles in this text file, or - for stdin")
+    parser.add_argument(
+        "--checkpoint", help="with --solve: by this model.pt [the newest of the task in runs/]"
+    )
     parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
     own = {name: task.defaults for name, task in TASKS.items()} | SCHEMES
     for f in fields(Config):
@@ -2071,9 +2274,18 @@ def print_comparison(found: dict) -> None:
         print(f"{line}  {of['train_seconds']:7.0f}")
 
 
+COMMANDS = ("eval", "compare", "seeds", "solve", "checkpoint")
+
+
 def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
-    checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
+    checkpoint, arms, seeds, puzzles, by = (given.pop(name) for name in COMMANDS)
+    if puzzles is not None:
+        if checkpoint is not None or arms is not None:
+            raise UserError(f"--solve {puzzles}: must go without --eval and --compare")
+        return solve(given, puzzles, by)
+    if by is not None:
+        raise UserError(f"--checkpoint {by}: must go with --solve")
     if checkpoint is not None and arms is not None:
         raise UserError(f"--eval {checkpoint}: must go without --compare")
     if arms is not None:
