@@ -73,6 +73,7 @@ import tempfile
 import textwrap
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -114,6 +115,10 @@ class Config:
     scheme: str = option("dis", "how to train: sets T, n, n-sup, target, ...", choices=lambda: SCHEMES)
     size: int = option(11, "side of the grid in cells; of a maze, every second one is a room", 4, 61)
     blanks: int = option(0, "sudoku: empty cells at most, up to 2/3 of all; 0: half of all", 0, 54)
+    data: str = option("", "folder with puzzles: train.csv and test.csv, or ARC's *challenges.json")
+    views: int = option(1000, "with --data: symmetric views of a puzzle to train on; 1: as it is", 1, 10**6)
+    votes: int = option(0, "arc: views of a test grid that vote on the answer; 0: all", 0, 10**6)
+    identifiers: int = option(0, "learned puzzle embeddings; arc: one for each view of a task", 0, 10**8)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
     out: str = option("", "folder for the results (default: runs/<task>-<scheme>)")
@@ -162,6 +167,7 @@ class Config:
     batch_size: int = option(12, "puzzles in a training batch", 1, 10**6)
     lr: float = option(0.01, "peak learning rate of AdamW: embeddings, convolutions, readout", 0.0)
     muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
+    embedding_lr: float = option(0.01, "peak learning rate of SignSGD: puzzle embeddings", 0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
     warmup: int = option(100, "steps of linear warm-up, on top of a cosine that ends at 0", 0, 10**9)
     ema: float = option(0.998, "decay of the averaged weights, which are kept; 0: none", 0.0, 0.999999)
@@ -175,7 +181,15 @@ class Config:
             good = good and (m["high"] is None or value <= m["high"]) and not (m["odd"] and value % 2 == 0)
             if not good:
                 raise UserError(f"{flag(f.name)} {value}: must be {allowed(f)}")
-        if self.size not in TASKS[self.task].sizes:
+        if bool(self.data) > bool(TASKS[self.task].peek) or self.task == "arc" and not self.data:
+            raise UserError(
+                f"--data {self.data or 'DIR'}: must go with --task maze, sudoku or arc; arc needs it"
+            )
+        if self.data and self.pick > 1:
+            raise UserError(f"--pick {self.pick}: must be 1 with --data")
+        if self.task == "arc" and self.target == "edits":
+            raise UserError("--target edits: arc has no solver; must be one of final, reveal, mask, replace")
+        if self.size not in TASKS[self.task].sizes and not (self.data and self.task == "maze"):
             sizes = [*TASKS[self.task].sizes]
             few = sizes if len(sizes) < 8 else [*sizes[:3], "..", sizes[-1]]
             raise UserError(f"--size {self.size}: for {self.task} must be one of {', '.join(map(str, few))}")
@@ -216,6 +230,8 @@ def configure(**given) -> Config:
     task = given.get("task", Config.task)
     defaults = TASKS[task].defaults if task in TASKS else {}
     scheme = given.get("scheme", defaults.get("scheme"))
+    if given.get("data") and task in TASKS and (peek := TASKS[task].peek):
+        defaults = defaults | peek(given["data"], given.get("views", defaults.get("views", Config.views)))
     return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
 
@@ -329,10 +345,11 @@ def neighbours(mask: torch.Tensor) -> torch.Tensor:
     return m[:, :-2, 1:-1] + m[:, 2:, 1:-1] + m[:, 1:-1, :-2] + m[:, 1:-1, 2:]
 
 
-def solve_mazes(x: torch.Tensor) -> Puzzles:
+def solve_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     """Solve perfect mazes x [N, L] by dead-end filling: each round fills all dead ends; the path remains.
 
-    The draft marks every open cell as path; the order of a cell is the round that filled it.
+    The draft marks every open cell as path; the order of a cell is the round that filled it. Where ways
+    meet again, a solution y [N, L] must say which one to take: one last round fills the others.
     """
     maze = grid(x)  # [N, H, W]
     ends, left = maze >= START, maze != WALL
@@ -341,6 +358,9 @@ def solve_mazes(x: torch.Tensor) -> Puzzles:
         r += 1
         order[dead] = r
         left &= ~dead
+    if y is not None:
+        other = left & ~ends & (grid(y) != PATH)
+        order, left = torch.where(other, order.amax((1, 2), keepdim=True) + 1, order), left & ~other
     y, draft = (torch.where(marked & ~ends, PATH, maze).to(torch.uint8) for marked in (left, maze == OPEN))
     return Puzzles(x, y.flatten(1), draft.flatten(1), order.flatten(1))
 
@@ -395,6 +415,8 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 def hardest(puzzles: Puzzles, pick: int) -> Puzzles:
     """Of every `pick` puzzles the one with the longest solution: training sees more of the hard ones."""
+    if pick == 1:
+        return puzzles
     length = (puzzles.x != puzzles.y).sum(1).view(-1, pick)  # [N / pick, pick]
     return puzzles[length.argmax(1) + pick * torch.arange(len(length))]
 
@@ -403,7 +425,7 @@ class Task(NamedTuple):
     """What training, evaluation and drawing need to know of a kind of puzzle."""
 
     make: Callable  # (cfg, count, split, seed) -> Puzzles
-    solved: Callable  # (x [B, L], answer [B, L]) -> [B] bool
+    solved: Callable | None  # (x [B, L], answer [B, L]) -> [B] bool; None: only the label is right
     legend: Callable  # size -> {name of a token: its colour}, in the order of the tokens
     sizes: range | tuple  # that there are
     defaults: dict  # what it changes of Config's
@@ -411,13 +433,29 @@ class Task(NamedTuple):
     boxes: Callable = lambda size: (size, size)  # size -> rows and columns between heavy lines
     letters: str = ""  # that stand for the tokens in text files
     alias: str = ""  # two letters: the first is read as the second
+    peek: Callable | None = None  # (folder, views) -> what its files say of Config's values
+    solver: Callable | None = None  # (x, y) -> Puzzles, for those from files
+    views: Callable | None = None  # cfg -> the function of `Views` and its tables
+    prefix: int = 0  # positions before the grid
+    watched: str = "held-out"  # what of `valid` there is
+    finish: Callable | None = None  # (model, out) -> bool: whether there is more to evaluate
     fault: Callable | None = None  # x [H, W] -> None, or row, column and what is wrong with a question
+
+
+def solves(task: Task, puzzles: Puzzles, answers: torch.Tensor) -> torch.Tensor:
+    """Which answers [B, L] solve their puzzles: [B] bool."""
+    return task.solved(puzzles.x, answers) if task.solved else (answers == puzzles.y).all(1)
+
+
+def from_files_or(make: Callable) -> Callable:
+    """The `make` of a task that with --data reads puzzles instead."""
+    return lambda cfg, count, split, seed=0: (read_csv if cfg.data else make)(cfg, count, split, seed)
 
 
 MAZE_LEGEND = {"wall": "#30343f", "open": "#f4f1ea", "start": "#009e73", "goal": "#d55e00", "path": "#56b4e9"}
 TASKS = {
     "maze": Task(
-        lambda cfg, count, split, seed=0: make_mazes(count, cfg.size, split, seed),
+        from_files_or(lambda cfg, count, split, seed: make_mazes(count, cfg.size, split, seed)),
         maze_solved,
         lambda size: MAZE_LEGEND,
         range(5, 62, 2),
@@ -425,6 +463,9 @@ TASKS = {
         letters="# SGo",
         alias=". ",
         fault=lambda x: maze_fault(x),
+        peek=lambda *of: csv_size(*of),
+        solver=solve_mazes,
+        views=lambda cfg: maze_views(cfg),
     )
 }
 
@@ -456,6 +497,11 @@ def linear(d_in: int, d_out: int) -> nn.Linear:
     return layer
 
 
+def length(cfg: Config, shape: tuple[int, int]) -> int:
+    """L: the cells of the grid, and the positions before it."""
+    return TASKS[cfg.task].prefix + math.prod(shape)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(h)) * up(h)) along the last axis, of width d."""
 
@@ -473,6 +519,7 @@ class Conv(nn.Module):
     """Depthwise convolution: each channel mixes a kernel x kernel window of the grid.
 
     Information moves (kernel - 1) / 2 cells at most in a pass: a light cone that bounds what few can solve.
+    Positions before the grid, if there are any, see the mean of all cells, and all cells see theirs.
     """
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
@@ -482,8 +529,12 @@ class Conv(nn.Module):
         lecun_(self.conv.weight, cfg.kernel**2)
 
     def forward(self, h):  # [B, L, D]
-        h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
-        return self.conv(h).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+        before, h = h[:, : -math.prod(self.shape)], h[:, -math.prod(self.shape) :]
+        cells = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
+        cells = self.conv(cells).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, D]
+        if not before.shape[1]:
+            return cells
+        return torch.cat([before + h.mean(1, keepdim=True), cells + before.mean(1, keepdim=True)], 1)
 
 
 class Attention(nn.Module):
@@ -494,7 +545,7 @@ class Attention(nn.Module):
         self.heads, d = cfg.heads, cfg.width // cfg.heads
         self.qkv, self.out = linear(cfg.width, 3 * cfg.width), linear(cfg.width, cfg.width)
         frequency = 10_000.0 ** -(torch.arange(0, d, 2) / d).repeat(2)  # [d]
-        angle = torch.outer(torch.arange(math.prod(shape)), frequency)  # [L, d]
+        angle = torch.outer(torch.arange(length(cfg, shape)), frequency)  # [L, d]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -513,7 +564,7 @@ class PositionMLP(nn.Module):
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
         super().__init__()
-        self.swiglu = SwiGLU(math.prod(shape))
+        self.swiglu = SwiGLU(length(cfg, shape))
 
     def forward(self, h):  # [B, L, D]
         return self.swiglu(h.mT).mT
@@ -535,6 +586,34 @@ class Block(nn.Module):
         return rms_norm(h + self.swiglu(h))
 
 
+class Identifiers(nn.Module):
+    """A learned vector for each of N puzzles, 0 at first: its number is what the first positions of x spell.
+
+    Only the rows that a batch uses have gradients, and an optimiser of their own without state, `SignSGD`.
+    So the table is no parameter, and copies of a model (averages) share it: 400,000 rows cost their own size.
+    """
+
+    def __init__(self, N: int, D: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(N, D))
+        self.used = None  # numbers [B] and vectors [B, D] of the last batch with gradient
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x, prefix: int):  # [B, L] tokens -> [B, D]
+        number = spelt(x[:, :prefix])
+        if not torch.is_grad_enabled():
+            return self.weight[number]
+        self.used = number, self.weight[number].requires_grad_()
+        return self.used[1]
+
+
+def spelt(digits: torch.Tensor) -> torch.Tensor:
+    """The numbers [B] that these decimal digits [B, P] spell."""
+    return (digits.long() * 10 ** torch.arange(digits.shape[1] - 1, -1, -1, device=digits.device)).sum(1)
+
+
 class LoopedModel(nn.Module):
     """TRM's recursion: the same `net` refines the scratchpad z and the answer y, and only y is ever read out.
 
@@ -553,6 +632,8 @@ class LoopedModel(nn.Module):
         self.readout = linear(D, V)  # f_O
         if cfg.step_index:
             self.step_table = nn.Parameter(torch.zeros(cfg.n_sup, D))
+        if cfg.identifiers:
+            self.puzzles = Identifiers(cfg.identifiers, D)
         if cfg.recall:
             self.role = nn.Parameter(torch.zeros(D))  # tells net which update this is, now that both see x
         if cfg.act:
@@ -564,7 +645,7 @@ class LoopedModel(nn.Module):
 
     def start(self, B: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The state before the first step: y0 and z0 in every cell, each [B, L, D]."""
-        L = math.prod(self.shape)
+        L = length(self.cfg, self.shape)
         return self.y0.expand(B, L, -1), self.z0.expand(B, L, -1)
 
     def net(self, h: torch.Tensor) -> torch.Tensor:
@@ -580,9 +661,14 @@ class LoopedModel(nn.Module):
 
     def forward(self, x, y, z, s) -> tuple[torch.Tensor, torch.Tensor]:
         """Step s [B], counted from 1, on the puzzles x [B, L] (tokens): the new y and z [B, L, D]."""
+        question = x
         if self.cfg.feedback:
             x = torch.where(s[:, None] == 1, x, self.readout(y).argmax(-1))
-        x = math.sqrt(self.cfg.width) * self.tokens(x.int())  # [B, L, D]
+        x = self.tokens(x.int())  # [B, L, D]
+        if self.cfg.identifiers:
+            vector = self.puzzles(question, TASKS[self.cfg.task].prefix)  # [B, D]
+            x = x + F.pad(vector[:, None], (0, 0, 0, x.shape[1] - 1))  # at the first position
+        x = math.sqrt(self.cfg.width) * x
         if self.cfg.step_index:
             x = x + self.step_table[s.clamp(max=self.cfg.n_sup) - 1][:, None]  # [B, 1, D]
         with torch.no_grad():
@@ -797,15 +883,32 @@ TARGETS = {  # (puzzles [B], steps s [B], cfg, noise [B, L]) -> y† [B, L]
 # §6  Training (paper section 5): one loop for every scheme. A puzzle is an episode of latent steps
 
 
+class SignSGD(torch.optim.Optimizer):
+    """Moves the rows of `Identifiers` that the last batch used by lr against the sign of their gradient."""
+
+    def __init__(self, table: Identifiers, lr: float, weight_decay: float):
+        super().__init__([table.weight], {"lr": lr, "weight_decay": weight_decay})
+        self.table = table
+
+    @torch.no_grad()
+    def step(self):
+        (numbers, vectors), group = self.table.used, self.param_groups[0]
+        numbers, place = numbers.unique(return_inverse=True)  # a puzzle may be in the batch more than once
+        slope = vectors.new_zeros(len(numbers), vectors.shape[1]).index_add_(0, place, vectors.grad)
+        kept = (1 - group["lr"] * group["weight_decay"]) * self.table.weight[numbers]
+        self.table.weight[numbers] = kept - group["lr"] * slope.sign()
+
+
 def make_optimizers(model: LoopedModel, cfg: Config) -> list:
     """Muon for the matrices inside the blocks, AdamW for all other weights."""
     matrices = [p for p in model.nets.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    for group in muon.param_groups + adam.param_groups:
+    table = [SignSGD(model.puzzles, cfg.embedding_lr, cfg.weight_decay)] if cfg.identifiers else []
+    for group in (group for optimizer in (muon, adam, *table) for group in optimizer.param_groups):
         group["peak"] = group["lr"]
-    return [muon, adam]
+    return [muon, adam, *table]
 
 
 def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
@@ -983,13 +1086,13 @@ RESAMPLES = 4000  # of the bootstrap
 
 def measure(task: Task, puzzles: Puzzles, step: Step, ws=()) -> dict:
     """The METRICS [B] of a step, a histogram of its margins [B, bins], and what guidance does [B, ws]."""
-    u, c, x, y_star = step.logits_u, step.logits_c, puzzles.x, puzzles.y.long()
+    u, c, y_star = step.logits_u, step.logits_c, puzzles.y.long()
 
     def logp(logits):
         return -F.cross_entropy(logits.mT, y_star, reduction="none").mean(1)
 
     def exact(logits):
-        return task.solved(x, logits.argmax(-1)).float()
+        return solves(task, puzzles, logits.argmax(-1)).float()
 
     gap = margin(u, c, y_star)  # [B, L]
     bins = torch.bucketize(gap, torch.tensor(MARGIN_EDGES, device=gap.device))
@@ -998,6 +1101,7 @@ def measure(task: Task, puzzles: Puzzles, step: Step, ws=()) -> dict:
     per_cell |= {"margins": F.one_hot(bins, len(MARGIN_EDGES) + 1)}
     values = {name: v.float().mean(1) for name, v in per_cell.items()}
     values |= {"exact": exact(c), "logp": logp(c), "gain": logp(c) - logp(u)}
+    values["label"] = (c.argmax(-1) == y_star).all(1).float()  # where several answers are right, below exact
     guided = [guide(u, c, w) for w in ws]
     return values | {
         f"guided_{f.__name__}": torch.stack([f(l_w) for l_w in guided], 1) for f in (exact, logp) if guided
@@ -1086,7 +1190,7 @@ def calibrate(model: LoopedModel, valid: Puzzles, batch: int = 100) -> dict:
         for k, step in enumerate(rollout(model, some.x)):
             found = {name: score(model, step) for name, score in rules.items()}
             found |= {"u": step.logits_u, "c": step.logits_c}
-            found["solved"] = TASKS[model.cfg.task].solved(some.x, step.logits_c.argmax(-1))
+            found["solved"] = solves(TASKS[model.cfg.task], some, step.logits_c.argmax(-1))
             for name, v in found.items():
                 kept.setdefault(name, [[] for _ in model.cfg.thinks])[k].append(v.cpu())
     kept = {name: [torch.cat(v) for v in steps] for name, steps in kept.items()}  # [S][N, ..]
@@ -1111,7 +1215,7 @@ def compare_halting(model: LoopedModel, puzzles: Puzzles, halt: dict) -> dict:
             passes = taken.cpu().double().mean().item() * model.cfg.T * (model.cfg.n + 1)  # waits for the GPU
             seconds[name].append(time.perf_counter() - began)
             results[name] = {
-                "exact": task.solved(puzzles.x, answers).cpu().double().mean().item(),
+                "exact": solves(task, puzzles, answers).cpu().double().mean().item(),
                 "passes": passes,
             }
     for name in stops:
@@ -1164,7 +1268,7 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     dead = [s for s in model.cfg.thinks if s not in alive]
     if alive and dead:  # leaving them all out would leave no answer
         full, cut = (answer(model, test.x, steps)[0] for steps in (model.cfg.thinks, alive))
-        before, after = (TASKS[model.cfg.task].solved(test.x, answers) for answers in (full, cut))
+        before, after = (solves(TASKS[model.cfg.task], test, answers) for answers in (full, cut))
         counts = {"changed": (full != cut).any(1), "lost": before & ~after, "won": after & ~before}
         found["cut"] = {"steps": dead, **{name: rows.sum().item() for name, rows in counts.items()}}
     return found
@@ -1177,6 +1281,7 @@ def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
     """
     cfg, steps, task = model.cfg, range(1, 4 * model.cfg.n_sup + 1), TASKS[model.cfg.task]
     larger = [size for size in (15, 21, 31) if size > cfg.size and size in task.sizes and cfg.mixer != "mlp"]
+    larger = [] if cfg.data else larger
     found = {}
     for size in [cfg.size, *larger]:
         other = resized(model, size)
@@ -1254,9 +1359,11 @@ def sudoku_grids(count: int, size: int, generator: torch.Generator) -> torch.Ten
     return exchange(x.repeat_interleave(8, 0)[:count], generator)
 
 
-def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Sudokus [N, L] with digits, bands, stacks, and rows and columns within these, permuted at random."""
-    N, size = len(y), math.isqrt(y.shape[1])
+def exchanges(N: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random symmetries of sudokus: which cell comes to each [N, L], and the digit for each old one [N, V].
+
+    Digits, bands, stacks, and rows and columns within these are permuted.
+    """
 
     def order(step):  # [N, size]: groups of `step` lines are permuted, and the lines in each group
         groups = torch.rand(N, size // step, generator=generator).argsort(1).repeat_interleave(step, 1)
@@ -1265,7 +1372,13 @@ def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     height, width = BOXES[size]
     cell = order(height)[:, :, None] * size + order(width)[:, None]  # [N, size, size]
     new = F.pad(torch.rand(N, size, generator=generator).argsort(1) + 1, (1, 0))  # a blank stays one
-    return new.gather(1, y.gather(1, cell.flatten(1)).long()).to(y.dtype)
+    return cell.flatten(1), new
+
+
+def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Sudokus [N, L], each in one of the `exchanges`."""
+    cell, new = exchanges(len(y), math.isqrt(y.shape[1]), generator)
+    return new.gather(1, y.gather(1, cell).long()).to(y.dtype)
 
 
 def other_solutions(x: torch.Tensor, y: torch.Tensor, most: float = math.inf) -> torch.Tensor | None:
@@ -1382,8 +1495,10 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 BOARD = {"mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1}
 TASKS["sudoku"] = Task(
-    lambda cfg, count, split, seed=0: make_sudokus(
-        count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed
+    from_files_or(
+        lambda cfg, count, split, seed: make_sudokus(
+            count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed
+        )
     ),
     sudoku_solved,
     lambda size: {"blank": "#ffffff", **{str(d): "#f4f1ea" for d in range(1, size + 1)}},
@@ -1394,6 +1509,9 @@ TASKS["sudoku"] = Task(
     ".123456789",
     "0.",
     lambda x: sudoku_fault(x),
+    lambda *of: csv_size(*of),
+    solve_sudokus,
+    lambda cfg: sudoku_views(cfg),
 )
 TASKS["nqueens"] = Task(
     lambda cfg, count, split, seed=0: make_queens(count, cfg.size, split, seed),
@@ -1574,6 +1692,437 @@ def solve(given: dict, source: str, checkpoint: str | None) -> int:
             print(f"wrote {', '.join(names)}")
     return 2 if bad else 0
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Puzzles from files, in symmetric views: Sudoku-Extreme and Maze-Hard as CSV
+
+
+class Views:
+    """N puzzles, each in `count` symmetric views made when asked for: row v N + i is view v of puzzle i.
+
+    `view` takes puzzles [B], the `tables`, the numbers v [B] and pseudo-random numbers [B] in [0, 1), the
+    same whenever the same row is asked for. View 0 is the puzzle as it is, except that arc shifts it.
+    """
+
+    def __init__(self, puzzles: Puzzles, view: Callable, tables: tuple, count: int):
+        self.puzzles, self.view, self.tables, self.count, self.x = puzzles, view, tables, count, puzzles.x
+
+    def to(self, device) -> "Views":
+        return Views(self.puzzles.to(device), self.view, [t.to(device) for t in self.tables], self.count)
+
+    def __len__(self) -> int:
+        return len(self.puzzles) * self.count
+
+    def __getitem__(self, rows: torch.Tensor) -> Puzzles:
+        u = (rows * 2654435761 >> 4 & 0xFFFFFF).float() / 2**24  # Knuth's multiplicative hash
+        return self.view(self.puzzles[rows % len(self.puzzles)], *self.tables, rows // len(self.puzzles), u)
+
+
+def dihedral(grid, k: int, inverse: bool = False):
+    """One of the 8 symmetries of a grid [H, W], or its inverse: k's bits flip rows, columns, and transpose."""
+    grid = grid.T if inverse and k & 4 else grid
+    grid = np.flip(grid, 0) if k & 1 else grid
+    grid = np.flip(grid, 1) if k & 2 else grid
+    return grid.T if k & 4 and not inverse else grid
+
+
+def maze_views(cfg: Config) -> tuple:
+    """The 8 symmetries of mazes, for `Views`."""
+    index = np.arange(cfg.size**2).reshape(cfg.size, -1)
+    cells = torch.from_numpy(np.stack([dihedral(index, k).flatten() for k in range(8)]))  # [8, L]
+    return lambda puzzles, cells, v, u: viewed(puzzles, cells[v % 8]), [cells]
+
+
+def sudoku_views(cfg: Config, many: int = 4096) -> tuple:
+    """Symmetries of sudokus drawn at random, for `Views`: as `exchange`, and transposed where boxes allow."""
+    cell, new = exchanges(many, cfg.size, torch.Generator().manual_seed(0))
+    if BOXES[cfg.size][0] == BOXES[cfg.size][1]:
+        cell[::2] = grid(cell[::2]).mT.flatten(1)
+    cell[0], new[0] = torch.arange(cell.shape[1]), torch.arange(new.shape[1])
+
+    def view(puzzles, cell, new, v, u):
+        k = torch.where(v == 0, 0, 1 + (u * (many - 1)).long())
+        return viewed(puzzles, cell[k], new[k])
+
+    return view, [cell, new]
+
+
+def viewed(puzzles: Puzzles, cell: torch.Tensor, new: torch.Tensor | None = None) -> Puzzles:
+    """Puzzles whose cell l is what `cell` [B, L] says of the old ones, with `new` [B, V] for old tokens."""
+    x, y, draft = (tokens.gather(1, cell) for tokens in (puzzles.x, puzzles.y, puzzles.draft))
+    if new is not None:
+        x, y, draft = (new.gather(1, tokens.long()).to(tokens.dtype) for tokens in (x, y, draft))
+    return Puzzles(x, y, draft, puzzles.order.gather(1, cell))
+
+
+def csv_rows(path: Path, many: int = 20_000):
+    """Questions and answers of a CSV file in chunks: lists of (line number, question, answer)."""
+    try:
+        with path.open(newline="") as lines:
+            reader = csv.reader(lines)
+            header = next(reader, [])
+            if not {"question", "answer"} <= {*header}:
+                found = ",".join(header)[:50]
+                raise UserError(f"--data {path}, line 1: {found!r}; must be source,question,answer,rating")
+            columns, chunk = [header.index("question"), header.index("answer")], []
+            for row in reader:
+                if len(row) != len(header):
+                    raise UserError(
+                        f"--data {path}, line {reader.line_num}: {len(row)} columns; must be {len(header)}"
+                    )
+                chunk.append((reader.line_num, *(row[c] for c in columns)))
+                if len(chunk) == many:
+                    yield chunk
+                    chunk = []
+            if chunk:
+                yield chunk
+    except OSError as e:
+        raise UserError(f"--data {path}: {e.strerror}; must be a CSV file of questions and answers") from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"--data {path}: not text ({e}); must be a CSV file of questions and answers") from e
+
+
+def csv_size(folder: str, views: int) -> dict:
+    """What the first row of train.csv says of Config's values. Raises `UserError` if a file is not there."""
+    for name in ("test.csv", "train.csv"):
+        for (_, question, _), *_ in itertools.islice(csv_rows(Path(folder) / name, 1), 1):
+            size = math.isqrt(len(question))
+            break
+        else:
+            raise UserError(f"--data {Path(folder) / name}: has no rows; must have some")
+    return {"size": size, "pick": 1}
+
+
+def tokenised(texts: list, lines: list, what: str, cfg: Config) -> np.ndarray:
+    """Texts of L letters as tokens [N, L] uint8. Raises `UserError` with line and column if one is not."""
+    task, L = TASKS[cfg.task], cfg.size**2
+    letters, code = task.letters[: len(task.legend(cfg.size))], np.full(256, 255, np.uint8)
+    code[np.frombuffer(letters.encode(), np.uint8)] = np.arange(len(letters))
+    code[ord(task.alias[0])] = letters.index(task.alias[1])
+    for text, line in zip(texts, lines, strict=True):
+        if len(text) != L:
+            raise UserError(
+                f"line {line}: {what} of {len(text)} characters; must be {L}, for --size {cfg.size}"
+            )
+    tokens = code[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, L)
+    for i, j in np.argwhere(tokens == 255)[:1]:
+        found = texts[i][j]
+        raise UserError(f"line {lines[i]}: {what}, character {j + 1}: {found!r}; must be one of {letters!r}")
+    return tokens
+
+
+def read_csv(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Views:
+    """`count` puzzles of --data, drawn at random, or all: test.csv, or train.csv with one in 16 for `valid`.
+
+    The file is read in chunks, and only what is kept is held, by reservoir sampling (Vitter's algorithm R).
+    Training puzzles come in `Views`, as many as get seen, cfg.views at most.
+    """
+    path, task, L = (
+        Path(cfg.data) / f"{'test' if split == 'test' else 'train'}.csv",
+        TASKS[cfg.task],
+        cfg.size**2,
+    )
+    rng, seen = np.random.default_rng([seed, list(SPLITS).index(split)]), 0
+    kept = np.empty((min(count, path.stat().st_size // (2 * L) + 1), 2, L), np.uint8)  # touched as it fills
+    for chunk in csv_rows(path):
+        if split != "test":
+            chunk = [row for row in chunk if (zlib.crc32(row[1].encode()) % 16 == 0) == (split == "valid")]
+        at = np.arange(seen, seen := seen + len(chunk))
+        at = np.where(at < len(kept), at, rng.integers(0, at + 1))
+        lines, *texts = zip(*(chunk[i] for i in np.flatnonzero(at < len(kept))), strict=True) or [(), (), ()]
+        try:
+            tokens = [
+                tokenised(*of, cfg) for of in zip(texts, (lines, lines), ("question", "answer"), strict=True)
+            ]
+            good = task.solved(*map(torch.from_numpy, tokens))
+            if not good.all():
+                raise UserError(
+                    f"line {lines[(~good).int().argmax()]}: the answer does not solve the question"
+                )
+        except UserError as e:
+            raise UserError(f"--data {path}, {e}") from e
+        kept[at[at < len(kept)]] = np.stack(tokens, 1)
+    if not seen:
+        raise UserError(f"--data {path}: no rows for --task {cfg.task}, {split}; must have more")
+    x, y = torch.from_numpy(kept[:seen]).unbind(1)
+    puzzles = Puzzles(x, y, x, x.new_zeros(1, dtype=torch.int16).expand(x.shape))
+    if cfg.target == "edits":
+        parts = [task.solver(x[i : i + 5000], y[i : i + 5000]) for i in range(0, len(x), 5000)]
+        draft = torch.cat([part.draft for part in parts]) if cfg.task == "maze" else x
+        puzzles = Puzzles(x, y, draft, torch.cat([part.order for part in parts]))
+    if split != "train":
+        return puzzles
+    most = 10**7 if cfg.budget_seconds else cfg.examples + cfg.batch_size
+    return Views(puzzles, *task.views(cfg), min(cfg.views, -(-most // len(x))))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ARC-AGI (arxiv.org/abs/1911.01547): a 30 x 30 canvas, after 16 positions that spell the number of the puzzle
+
+CANVAS, PREFIX, PAD, BORDER, BLACK = 30, 16, 0, 1, 2  # colour c is token BLACK + c
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, or a `UserError`."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"--data {path}: {e.strerror}; must be a JSON file of ARC") from e
+    except ValueError as e:
+        raise UserError(f"--data {path}: not JSON ({e}); must be a JSON file of ARC") from e
+    return of_arc(content, dict, f"--data {path}")
+
+
+def of_arc(value, kind: type, where: str, key: str | None = None):
+    """`value`, or value[key], if it is of this kind. Raises `UserError` if it is not."""
+    if key is not None:
+        value, where = of_arc(value, dict, where).get(key), f"{where}: {key}"
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{where}: {json.dumps(value)[:40]}; must be {'an object' if kind is dict else 'a list'}"
+        )
+    return value
+
+
+def arc_grid(value, where: str) -> np.ndarray:
+    """A grid [H, W] uint8 of colours 0 to 9. Raises `UserError` that says in which cell it is none."""
+    for i, row in enumerate(of_arc(value, list, where), 1):
+        if len(of_arc(row, list, f"{where}, row {i}")) != len(value[0]):
+            raise UserError(f"{where}, row {i}: {len(row)} cells; must be {len(value[0])}, as in row 1")
+        for j, colour in enumerate(row, 1):
+            if type(colour) is not int or not 0 <= colour <= 9:
+                raise UserError(f"{where}, row {i}, column {j}: {colour!r}; must be a colour from 0 to 9")
+    size = len(value), len(value[0]) if value else 0
+    if not (1 <= min(size) and max(size) <= CANVAS):
+        raise UserError(f"{where}: {size[0]} x {size[1]} cells; must be from 1 x 1 to {CANVAS} x {CANVAS}")
+    return np.array(value, np.uint8)
+
+
+@functools.cache
+def read_arc(folder: str) -> tuple[dict, set]:
+    """{task: (its demonstrations and tests, pairs of grids each; None for an unknown output)}, and the tested.
+
+    Those of *training_challenges.json are tested only if there is no other file of challenges.
+    """
+    tasks, tested, files = {}, set(), sorted(Path(folder).glob("*challenges.json"))
+    if not files:
+        raise UserError(f"--data {folder}: no *challenges.json; must be a folder with the files of ARC")
+    for path in files:
+        answers = path.with_name(path.name.replace("challenges", "solutions"))
+        solutions = read_json(answers) if answers.exists() else {}
+        for name, task in read_json(path).items():
+            where, known = f"--data {path}, task {name}", solutions.get(name)
+            train, test = (of_arc(task, list, where, kind) for kind in ("train", "test"))
+            if known is not None and len(of_arc(known, list, f"--data {answers}, task {name}")) != len(test):
+                raise UserError(f"--data {answers}, task {name}: {len(known)} grids; must be {len(test)}")
+            asked = [arc_grid(*pick(pair, "input", f"{where}, test {i}")) for i, pair in enumerate(test, 1)]
+            right = [
+                known and arc_grid(known[i], f"--data {answers}, task {name}, test {i + 1}")
+                for i in range(len(test))
+            ]
+            shown = [
+                tuple(arc_grid(*pick(pair, side, f"{where}, train {i}")) for side in ("input", "output"))
+                for i, pair in enumerate(train, 1)
+            ]
+            tasks[name] = shown, list(zip(asked, right, strict=True))
+            if "training" not in path.name:
+                tested.add(name)
+    return tasks, tested or {*tasks}
+
+
+def pick(pair, side: str, where: str) -> tuple:
+    """The input or output of a pair, and where it stands."""
+    return of_arc(pair, list, where, side), f"{where} {side}"
+
+
+def arc_size(folder: str, views: int) -> dict:
+    """What the files say of Config's values."""
+    return {"identifiers": views * len(read_arc(folder)[0])}
+
+
+def spell(numbers: torch.Tensor) -> torch.Tensor:
+    """The decimal digits [N, PREFIX] uint8 of numbers [N]: what `spelt` reads."""
+    powers = 10 ** torch.arange(PREFIX - 1, -1, -1, device=numbers.device)
+    return (numbers[:, None] // powers % 10).to(torch.uint8)
+
+
+def arc_puzzles(pairs: list) -> Puzzles:
+    """(identifier, input, output) as puzzles: each grid in the corner of its canvas, yet without a border."""
+
+    def canvas(g):
+        return np.pad(g + BLACK, ((0, CANVAS - len(g)), (0, CANVAS - len(g[0])))).flatten()
+
+    numbers = spell(torch.tensor([number for number, *_ in pairs], dtype=torch.long))
+    x, y = (torch.from_numpy(np.stack([canvas(pair[i]) for pair in pairs])) for i in (1, 2))
+    x, y = torch.cat([numbers, x], 1), torch.cat([numbers, y], 1)
+    return Puzzles(x, y, x, torch.zeros(1, dtype=torch.int16).expand(x.shape))
+
+
+def arc_views(cfg: Config) -> tuple:
+    """Symmetries and colours of every identifier, drawn at random, for `Views`: black stays; view 0 is plain."""
+    generator, plain = torch.Generator().manual_seed(0), torch.arange(cfg.identifiers) % cfg.views == 0
+    turns = torch.randint(8, (cfg.identifiers,), generator=generator).masked_fill(plain, 0)
+    colours = torch.rand(cfg.identifiers, 9, generator=generator).argsort(1)
+    colours = F.pad(torch.where(plain[:, None], torch.arange(9), colours) + BLACK + 1, (3, 0)).to(torch.uint8)
+    colours[:, :3] = torch.tensor([PAD, BORDER, BLACK])
+    return arc_view, [turns.to(torch.uint8), colours]
+
+
+def arc_view(puzzles: Puzzles, turns, colours, v, u) -> Puzzles:
+    """View v [B] of each puzzle, shifted on the canvas by a share u [B] of the room that there is."""
+    number = spelt(puzzles.x[:, :PREFIX]) + v
+    k, new = turns[number].view(-1, 1, 1), colours[number]
+    x, y = (puzzle[:, PREFIX:].unflatten(1, (CANVAS, CANVAS)) for puzzle in (puzzles.x, puzzles.y))
+    sizes = [torch.stack([(g[:, :, 0] > BORDER).sum(1), (g[:, 0] > BORDER).sum(1)]) for g in (x, y)]  # [2, B]
+    room = CANVAS + 1 - torch.maximum(*sizes)
+    room = torch.where(k[:, 0, 0] & 4 > 0, room.flip(0), room)
+    shift = (torch.stack([u, u * 997 % 1]) * room).long()[..., None, None]  # [2, B, 1, 1]
+    x, y = (
+        torch.cat([spell(number), place(g, size, k, new, shift)], 1)
+        for g, size in zip((x, y), sizes, strict=True)
+    )
+    return Puzzles(x, y, x, puzzles.order)
+
+
+def place(g, size, k, new, shift) -> torch.Tensor:
+    """Grids in the corners of g [B, 30, 30], of `size` [2, B], as view k with `new` [B, V] tokens: [B, 900].
+
+    The border stands right of the grid and below it, where the canvas does not end there.
+    """
+    (h, w), at = size[..., None, None], torch.arange(CANVAS, device=g.device)
+    row, col = at[:, None] - shift[0], at - shift[1]  # [B, 30, 30] after broadcasting: places in the view
+    turned = k & 4 > 0
+    H, W = torch.where(turned, w, h), torch.where(turned, h, w)
+    inside = (row >= 0) & (row < H) & (col >= 0) & (col < W)
+    border = (row >= 0) & (row <= H) & (col >= 0) & (col <= W) & ~inside
+    i, j = torch.where(turned, col, row), torch.where(turned, row, col)
+    i, j = torch.where(k & 1 > 0, h - 1 - i, i), torch.where(k & 2 > 0, w - 1 - j, j)
+    old = g.flatten(1).gather(1, torch.where(inside, i * CANVAS + j, 0).flatten(1))
+    return torch.where(inside.flatten(1), new.gather(1, old.long()), border.flatten(1).to(g.dtype))
+
+
+def crop(canvas: np.ndarray) -> np.ndarray | None:
+    """The largest rectangle of colours from the corner of an answer [30, 30], as a grid; None: there is none."""
+    width = np.minimum.accumulate((canvas >= BLACK).cumprod(1).sum(1))  # [30], of the first 1, 2, .. rows
+    area = width * np.arange(1, CANVAS + 1)
+    rows = area.argmax() + 1
+    return canvas[:rows, : width[rows - 1]] - BLACK if area.max() else None
+
+
+def make_arc(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Views:
+    """Demonstrations to train on, in cfg.views `Views`; `valid` is demonstrations as they are; `test` the tests.
+
+    As in the paper, demonstrations of tested tasks are trained on, and so are tests of all other tasks.
+    """
+    tasks, tested = read_arc(cfg.data)
+    if cfg.identifiers != cfg.views * len(tasks):
+        many = f"{len(tasks)} tasks with --views {cfg.views}"
+        raise UserError(f"--data {cfg.data}: {many}; the model was made for {cfg.identifiers} in all")
+    pairs = []
+    for number, (name, (shown, asked)) in enumerate(tasks.items()):
+        of = asked if split == "test" and name in tested else []
+        of = shown + (asked if split == "train" and name not in tested else []) if split != "test" else of
+        pairs += [(number * cfg.views, *pair) for pair in of if pair[1] is not None]
+    if len(pairs) > count and split != "train":
+        pairs = [
+            pairs[i] for i in sorted(np.random.default_rng(seed).choice(len(pairs), count, replace=False))
+        ]
+    if not pairs:
+        raise UserError(f"--data {cfg.data}: no outputs are known for {split}")
+    view, tables = arc_views(cfg)
+    if split == "train":
+        return Views(arc_puzzles(pairs), view, tables, cfg.views)
+    puzzles = arc_puzzles(pairs)
+    none = torch.zeros(len(puzzles), dtype=torch.long)
+    return view(puzzles, *tables, none, none.float())
+
+
+@torch.no_grad()
+def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
+    """For every (identifier, input) the answers [(grid, confidence), ..] in cfg.votes views, mapped back.
+
+    A confidence is the mean log-probability of the cells of the canvas.
+    """
+    cfg, votes, (view, tables) = model.cfg, [[] for _ in asked], arc_views(model.cfg)
+    plain = arc_puzzles([(number, g, g) for number, g in asked])
+    every = Views(plain, lambda p, *rest: view(p, *rest[:-1], torch.zeros_like(rest[-1])), tables, cfg.views)
+    for rows in torch.arange(len(asked) * (min(cfg.votes, cfg.views) or cfg.views)).split(batch):
+        puzzles = every[rows].to(model.y0.device)
+        for step in rollout(model, puzzles.x):
+            pass
+        sure, answers = step.logits_c[:, PREFIX:].log_softmax(-1).max(-1)  # [B, 900]
+        for row, number, answer, c in zip(
+            rows.tolist(),
+            spelt(puzzles.x[:, :PREFIX]).tolist(),
+            answers.cpu(),
+            sure.mean(1).tolist(),
+            strict=True,
+        ):
+            found = crop(answer.view(CANVAS, CANVAS).numpy())
+            if found is not None:
+                old = tables[1][number, BLACK:].argsort().numpy().astype(np.uint8)
+                votes[row % len(asked)].append((dihedral(old[found], tables[0][number], True), c))
+    return votes
+
+
+def attempts(votes: list) -> list:
+    """The two grids with most votes (grid, confidence), the more confident one first where these are equal."""
+    groups = {}
+    for g, confidence in votes:
+        groups.setdefault((g.shape, g.tobytes()), []).append((g, confidence))
+    ranked = sorted(groups.values(), key=lambda of: (-len(of), -sum(c for _, c in of) / len(of)))
+    return [of[0][0] for of in ranked[:2]]
+
+
+def finish_arc(model: LoopedModel, out: Path) -> bool:
+    """Print how many demonstrations the model reproduces; vote on the tests; write and score submission.json.
+
+    Returns whether there was anything to score by.
+    """
+    cfg, (tasks, tested) = model.cfg, read_arc(model.cfg.data)
+    shown = make_arc(cfg, 10**9, "valid").to(model.y0.device)
+    exact = solves(TASKS["arc"], shown, answer(model, shown.x, batch=32)[0]).double().mean()
+    print(f"{exact:.1%} of {len(shown)} demonstrations reproduced exactly")
+    places = [
+        (i, name, t) for i, name in enumerate(tasks) if name in tested for t in range(len(tasks[name][1]))
+    ]
+    votes = arc_votes(model, [(i * cfg.views, tasks[name][1][t][0]) for i, name, t in places])
+    submission, right = {}, {}
+    for (_, name, t), of in zip(places, votes, strict=True):
+        tries = attempts(of) or [np.zeros((1, 1), np.uint8)]
+        submission.setdefault(name, []).append(
+            {f"attempt_{k + 1}": tries[min(k, len(tries) - 1)].tolist() for k in (0, 1)}
+        )
+        if (y := tasks[name][1][t][1]) is not None:
+            right.setdefault(name, []).append([np.array_equal(g, y) for g in tries] + [False])
+    with replacing(out / "submission.json") as beside:
+        beside.write_text(json.dumps(submission))
+    views = min(cfg.votes, cfg.views) or cfg.views
+    score = [
+        np.mean([np.mean([any(of[:k]) for of in tests]) for tests in right.values()] or 0) for k in (1, 2)
+    ]
+    said = (
+        "pass@1 {:.1%}, pass@2 {:.1%} of {} tasks".format(*score, len(right))
+        if right
+        else "no solutions to score by"
+    )
+    print(f"{said}, by {views} votes for each of {len(places)} test grids: see submission.json")
+    return bool(right)
+
+
+ARC = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00")  # the colours in which these grids are shown
+ARC += ("#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
+TASKS["arc"] = Task(
+    make_arc,
+    None,
+    lambda size: {"pad": "#ffffff", "border": "#e0e0e0", **{str(c): colour for c, colour in enumerate(ARC)}},
+    (CANVAS,),
+    {"size": CANVAS, "target": "reveal", "views": 100, "pick": 1, "step_index": True, "train_size": 10**8},
+    peek=arc_size,
+    prefix=PREFIX,
+    watched="demonstrations",
+    finish=finish_arc,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # §9  Figures (matplotlib is imported here and nowhere else)
@@ -1769,7 +2318,7 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     x, y_star, frames, found = puzzle.x, puzzle.y, [], "not solved"
     for s, step in enumerate(rollout(model, x), 1):
         answer = step.logits_c.argmax(-1)  # [1, L]
-        solved = TASKS[model.cfg.task].solved(x, answer).item()
+        solved = solves(TASKS[model.cfg.task], puzzle, answer).item()
         wrong = (answer[0] != y_star[0]) & (not solved)  # [L]; a solution need not be the label
         frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong))
         found = f"solved at step {s}" if solved and found == "not solved" else found
@@ -1845,7 +2394,7 @@ def draw_frames(cfg: Config, frames: list, title: str, path: Path, mark: str) ->
 # §10  Files: written beside their place and renamed when complete; checked when read
 
 # may differ between training and a later evaluation
-RUN_OPTIONS = ("device", "out", "figures", "test_size", "think", "halt")
+RUN_OPTIONS = ("device", "out", "figures", "test_size", "think", "halt", "data", "votes")
 FACTS = {
     "steps_done": int,
     "examples_seen": int,
@@ -1901,7 +2450,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         # where and what to write comes from the command line or the defaults, never from the file
         free = (*RUN_OPTIONS, "blanks") if trained.mixer == "mlp" else (*RUN_OPTIONS, "blanks", "size")
-        here = {name: getattr(Config, name) for name in RUN_OPTIONS if name != "test_size"}
+        here = {name: getattr(Config, name) for name in RUN_OPTIONS if name not in ("test_size", "data")}
         here |= {name: value for name, value in given.items() if name in free}
         model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
@@ -1926,6 +2475,8 @@ def load_trajectories(cfg: Config) -> Puzzles:
     whole numbers that stand for the tokens of the task. Raises `UserError` if the file holds anything else.
     """
     where, V = f"--trajectories {cfg.trajectories}", len(TASKS[cfg.task].legend(cfg.size))
+    if cfg.data:
+        raise UserError(f"{where}: must go without --data")
     try:
         with np.load(cfg.trajectories, allow_pickle=False) as content:
             x, plan = content["x"], content["plan"]
@@ -2042,10 +2593,14 @@ class Watch:
         """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
         if tenth:
             x, steps = self.held_out.x, range(1, model.cfg.n_sup + 1)
-            solved = TASKS[model.cfg.task].solved(x, answer(model, x, steps)[0])
+            solved = solves(TASKS[model.cfg.task], self.held_out, answer(model, x, steps)[0])
             self.curve.append({**at._asdict(), "exact": solved.double().mean().item()})
         if tenth or self.live:
-            held_out = f"  held-out solved {self.curve[-1]['exact']:.1%}" if self.curve else ""
+            held_out = (
+                f"  {TASKS[model.cfg.task].watched} solved {self.curve[-1]['exact']:.1%}"
+                if self.curve
+                else ""
+            )
             took, end = at.train_seconds, "" if at.share < 1 else "\n"
             left = took / at.share - took if at.share < 1 else 0
             line = f"{min(1, at.share):4.0%}  step {at.steps_done}  loss {loss:.4f}{held_out}"
@@ -2295,6 +2850,8 @@ def run(given: dict, started: float, interrupts: list) -> int:
     model, facts, out = obtain(given, checkpoint, interrupts)
     fresh = checkpoint is None
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
+    if TASKS[cfg.task].finish and not TASKS[cfg.task].finish(model, out):
+        return 130 if interrupts else 0
     test = make(cfg, cfg.test_size, "test").to(model.y0.device)
     valid = make(cfg, min(cfg.test_size, VALID_SIZE), "valid", 1).to(model.y0.device)
     found = diagnose(model, test, valid)
@@ -2308,6 +2865,8 @@ def run(given: dict, started: float, interrupts: list) -> int:
     print(
         f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters"
     )
+    if found["label"] != found["exact"]:
+        print(f"{found['label'][-1]:.1%} are the label, cell by cell; others are right as well")
     drawn = draw_all(model, test, found, longer, out) if cfg.figures else []
     written = ["model.pt"] * fresh + ["metrics.json", *drawn]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
