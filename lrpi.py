@@ -1506,12 +1506,12 @@ TASKS["sudoku"] = Task(
     {"size": 9, **BOARD, "pace": 1},
     " 123456789",
     BOXES.get,
-    ".123456789",
-    "0.",
-    lambda x: sudoku_fault(x),
-    lambda *of: csv_size(*of),
-    solve_sudokus,
-    lambda cfg: sudoku_views(cfg),
+    letters=".123456789",
+    alias="0.",
+    fault=lambda x: sudoku_fault(x),
+    peek=lambda *of: csv_size(*of),
+    solver=solve_sudokus,
+    views=lambda cfg: sudoku_views(cfg),
 )
 TASKS["nqueens"] = Task(
     lambda cfg, count, split, seed=0: make_queens(count, cfg.size, split, seed),
