@@ -519,7 +519,7 @@ class Conv(nn.Module):
     """Depthwise convolution: each channel mixes a kernel x kernel window of the grid.
 
     Information moves (kernel - 1) / 2 cells at most in a pass: a light cone that bounds what few can solve.
-    Positions before the grid, if there are any, see the mean of all cells, and all cells see theirs.
+    Positions before the grid, if there are any, see the mean of all cells, and all cells see the first one.
     """
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
@@ -534,7 +534,7 @@ class Conv(nn.Module):
         cells = self.conv(cells).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, D]
         if not before.shape[1]:
             return cells
-        return torch.cat([before + h.mean(1, keepdim=True), cells + before.mean(1, keepdim=True)], 1)
+        return torch.cat([before + h.mean(1, keepdim=True), cells + before[:, :1]], 1)
 
 
 class Attention(nn.Module):
