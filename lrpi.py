@@ -37,6 +37,8 @@ THE COMMANDS
   python lrpi.py --compare trm,dis,final        train by each scheme and compare; --seeds 3: thrice each
   python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint again; --halt: stop early; --think 24:
                                                 take 24 steps; --size 21: on larger mazes
+  python lrpi.py --solve FILE                   solve puzzles of your own, as text, with a trained model
+  python lrpi.py --task arc --data DIR          ARC-AGI; also for sudoku and maze: train.csv and test.csv
   python lrpi.py --help                         every option, its meaning and its range
 
 WHAT DEVIATES FROM THE PAPER, and why (figures in the README)
@@ -1291,7 +1293,7 @@ def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# §8  More tasks: the same few functions for sudoku and for n queens
+# §8  More tasks: the same few functions for sudoku and n queens; puzzles from text, from CSV files and of ARC
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size of a sudoku -> rows and columns of its boxes
 
@@ -1530,7 +1532,7 @@ TASKS["nqueens"] = Task(
 
 
 def clash(x: torch.Tensor, peers: torch.Tensor) -> tuple[int, int] | None:
-    """Row and column of the first cell of x [H, W] with the token, not 0, of an earlier one of its `peers`."""
+    """Row and column of the first cell of x [H, W] with the token, not 0, of an earlier one of its peers."""
     cells = x.flatten()  # [L]; peers [L, L]
     bad = (peers & (cells[:, None] == cells) & (cells != 0)).tril(-1).any(1)
     return divmod(bad.int().argmax().item(), x.shape[1]) if bad.any() else None
@@ -1560,7 +1562,7 @@ def sudoku_fault(x: torch.Tensor) -> tuple | None:
 
 
 def queens_fault(x: torch.Tensor) -> tuple | None:
-    """Row, column and what is wrong with a board x [H, W]: queens that attack each other, or no completion."""
+    """Row, column and what is wrong with a board x [H, W]: queens attack each other, or none can be added."""
     cell = torch.arange(x.numel())
     rows, cols = (v[:, None] - v for v in (cell // len(x), cell % len(x)))  # [L, L]
     if at := clash(x, (rows == 0) | (cols == 0) | (rows.abs() == cols.abs())):
@@ -1592,7 +1594,7 @@ def boards(text: str, task: Task) -> list:
 
 
 def tokens_of(rows: list, cfg: Config) -> torch.Tensor:
-    """The puzzle [H, W] uint8 in rows of `boards`. Raises `UserError` with line and column if there is none."""
+    """The puzzle [H, W] uint8 in rows of `boards`. Raises `UserError` with line and column if it is none."""
     task, H, W, first = TASKS[cfg.task], len(rows), len(rows[0]), rows[0][0][0]
     letters = task.letters[: len(task.legend(cfg.size))]
     for row in rows:
@@ -1618,7 +1620,7 @@ ALIVE = 0.01  # a step is dead for --solve if it changes no probability by more 
 
 
 def think_aloud(model: LoopedModel, x: torch.Tensor) -> tuple[list, str]:
-    """[(caption, answer [H, W], changed cells [H, W]), ..] for the puzzle x [H, W] and each step; how it went.
+    """[(caption, answer [H, W], changed cells [H, W]), ..] for a puzzle x [H, W] and each step; how it went.
 
     Without --think, the model may take four times its steps in training, and stops at the first dead one.
     What surrounds a maze as a rim of walls is no part of what the model sees: it was trained without.
@@ -1655,7 +1657,7 @@ def picture(task: Task, tokens: torch.Tensor, changed: torch.Tensor) -> str:
 
 
 def solve(given: dict, source: str, checkpoint: str | None) -> int:
-    """Solve the puzzles in the file `source`, or in standard input if it is "-", and print how. The exit code."""
+    """Solve the puzzles in the file `source`, or in standard input for "-", and print how. The exit code."""
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text()
     except (OSError, UnicodeDecodeError) as e:
@@ -1719,7 +1721,7 @@ class Views:
 
 
 def dihedral(grid, k: int, inverse: bool = False):
-    """One of the 8 symmetries of a grid [H, W], or its inverse: k's bits flip rows, columns, and transpose."""
+    """One of the 8 symmetries of a grid [H, W], or its inverse: bits of k flip rows, columns, and transpose."""
     grid = grid.T if inverse and k & 4 else grid
     grid = np.flip(grid, 0) if k & 1 else grid
     grid = np.flip(grid, 1) if k & 2 else grid
@@ -1900,7 +1902,7 @@ def arc_grid(value, where: str) -> np.ndarray:
 
 @functools.cache
 def read_arc(folder: str) -> tuple[dict, set]:
-    """{task: (its demonstrations and tests, pairs of grids each; None for an unknown output)}, and the tested.
+    """{task: (its demonstrations and tests, pairs of grids; None: unknown)}, and the tested tasks.
 
     Those of *training_challenges.json are tested only if there is no other file of challenges.
     """
@@ -1959,7 +1961,7 @@ def arc_puzzles(pairs: list) -> Puzzles:
 
 
 def arc_views(cfg: Config) -> tuple:
-    """Symmetries and colours of every identifier, drawn at random, for `Views`: black stays; view 0 is plain."""
+    """Symmetries and colours of all identifiers, drawn at random, for `Views`: black stays; view 0 is plain."""
     generator, plain = torch.Generator().manual_seed(0), torch.arange(cfg.identifiers) % cfg.views == 0
     turns = torch.randint(8, (cfg.identifiers,), generator=generator).masked_fill(plain, 0)
     colours = torch.rand(cfg.identifiers, 9, generator=generator).argsort(1)
@@ -2002,7 +2004,7 @@ def place(g, size, k, new, shift) -> torch.Tensor:
 
 
 def crop(canvas: np.ndarray) -> np.ndarray | None:
-    """The largest rectangle of colours from the corner of an answer [30, 30], as a grid; None: there is none."""
+    """The largest rectangle of colours in the corner of an answer [30, 30], as a grid; None: there is none."""
     width = np.minimum.accumulate((canvas >= BLACK).cumprod(1).sum(1))  # [30], of the first 1, 2, .. rows
     area = width * np.arange(1, CANVAS + 1)
     rows = area.argmax() + 1
@@ -2010,7 +2012,7 @@ def crop(canvas: np.ndarray) -> np.ndarray | None:
 
 
 def make_arc(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Views:
-    """Demonstrations to train on, in cfg.views `Views`; `valid` is demonstrations as they are; `test` the tests.
+    """Demonstrations to train on, in `Views`; `valid`: demonstrations as they are; `test`: the tests.
 
     As in the paper, demonstrations of tested tasks are trained on, and so are tests of all other tasks.
     """
@@ -2066,7 +2068,7 @@ def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
 
 
 def attempts(votes: list) -> list:
-    """The two grids with most votes (grid, confidence), the more confident one first where these are equal."""
+    """The two grids with most votes (grid, confidence), the more confident first where these are equal."""
     groups = {}
     for g, confidence in votes:
         groups.setdefault((g.shape, g.tobytes()), []).append((g, confidence))
@@ -2327,7 +2329,7 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
 
 
 def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
-    """Tokens [L] or [H, W] as coloured cells, with what the task writes into them; crosses mark the `wrong`."""
+    """Tokens [L] or [H, W] as coloured cells, with what the task writes into them; crosses mark `wrong` ones."""
     from matplotlib.colors import ListedColormap
 
     cells, wrong = (grid(v[None])[0].cpu().numpy() for v in (tokens, wrong))
@@ -2353,7 +2355,7 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 
 
 def draw_frames(cfg: Config, frames: list, title: str, path: Path, mark: str) -> list[str]:
-    """`path`.png, the frames side by side, and .gif, one by one; crosses `mark` cells. Returns the file names."""
+    """`path`.png, all frames side by side, and .gif, one by one; crosses `mark` cells. Returns the names."""
     plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.patches import Patch

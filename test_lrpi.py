@@ -2274,7 +2274,8 @@ def test_views_are_symmetric_and_the_same_when_asked_again(task, csvs):
     for i in range(0, N, 50):
         seen = {tuple(row) for row in every.x[i::N][:8].tolist()}
         if task == "maze":
-            assert seen == {(*itertools.chain(*view),) for view in symmetric_views(data.puzzles.x[i].tolist(), 7)}
+            views = symmetric_views(data.puzzles.x[i].tolist(), 7)
+            assert seen == {(*itertools.chain(*view),) for view in views}
         else:
             assert len(seen) > 5
 
@@ -2295,7 +2296,7 @@ def test_mazes_with_several_ways_are_solved_by_the_label_and_by_any_other_way():
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda text: text.replace("question", "puzzle"), "line 1: 'source,puzzle,answer,rating'; must be source,"),
+    (lambda text: text.replace("question", "puzzle"), "line 1: 'source,puzzle,answer,rating'; must"),
     (lambda text: "", "line 1: ''; must be"),
     (lambda text: text.split("\n")[0], "has no rows"),
     (lambda text: text + "me,12.4,1234,0\n", "line 302: question of 4 characters; must be 16"),
@@ -2481,7 +2482,7 @@ def test_embeddings_learn_by_the_sign_of_their_own_gradient_only():
 @pytest.mark.parametrize("mixer", ["conv", "attention", "mlp"])
 def test_every_mixer_lets_the_embedding_reach_the_grid(mixer, tmp_path):
     write_arc(tmp_path, {"a": arc_task(np.random.default_rng(5), 1, 1)})
-    cfg = lrpi.configure(task="arc", data=str(tmp_path), views=2, width=8, heads=2, ffn=8, kernel=3, mixer=mixer)
+    cfg = lrpi.configure(task="arc", data=str(tmp_path), views=2, width=8, heads=2, ffn=8, mixer=mixer)
     model, x = lrpi.LoopedModel(cfg), lrpi.make_arc(cfg, 1, "valid").x
     last = [[*lrpi.rollout(model, x, [1])][-1].logits_c[0, -1]]  # of the corner that is farthest
     model.puzzles.weight[0] += 1
@@ -2504,9 +2505,7 @@ ARC_SMALL = [
 ]
 
 
-@pytest.mark.parametrize(
-    "given", [[], ["--feedback"]]
-)
+@pytest.mark.parametrize("given", [[], ["--feedback"]])
 def test_arc_from_files_to_submission(given, tmp_path, capsys):
     rng = np.random.default_rng(3)
     tasks = {"a": arc_task(rng, 2, 2), "b": arc_task(rng, 2, 1)}
@@ -2533,7 +2532,7 @@ def test_arc_from_files_to_submission(given, tmp_path, capsys):
 
 @pytest.mark.parametrize("spoil, said", [
     (lambda t: t["train"][1]["input"].append([1] * 99), "task a, train 2 input, row 2: 99 cells; must be 1"),
-    (lambda t: t["train"][0].update(output=[[1, 2], [3, 10]]), "task a, train 1 output, row 2, column 2: 10; must"),
+    (lambda t: t["train"][0].update(output=[[1, 2], [3, 10]]), "train 1 output, row 2, column 2: 10; must"),
     (lambda t: t["train"][0].update(output=[[1, True]]), "column 2: True; must be a colour from 0 to 9"),
     (lambda t: t["test"][0].update(input=[[1] * 31]), "task a, test 1 input: 1 x 31 cells; must be"),
     (lambda t: t["test"][0].update(input=[]), "task a, test 1 input: 0 x 0 cells"),
