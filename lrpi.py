@@ -187,6 +187,8 @@ class Config:
             raise UserError(
                 f"--data {self.data or 'DIR'}: must go with --task maze, sudoku or arc; arc needs it"
             )
+        if bool(self.identifiers) != (self.task == "arc"):
+            raise UserError(f"--identifiers {self.identifiers}: must be left to --task arc")
         if self.data and self.pick > 1:
             raise UserError(f"--pick {self.pick}: must be 1 with --data")
         if self.task == "arc" and self.target == "edits":
@@ -1669,10 +1671,15 @@ def solve(given: dict, source: str, checkpoint: str | None) -> int:
         if not found:
             raise UserError(f"--solve {source}: no runs/{name}-*/model.pt; train one, or give --checkpoint")
         checkpoint = str(found[-1])
-    model, _ = load_checkpoint(checkpoint, **given)
+    try:
+        model, _ = load_checkpoint(checkpoint, **given)
+    except UserError as e:
+        raise UserError(str(e).replace("--eval", "--checkpoint")) from e
     cfg, task, bad = model.cfg, TASKS[model.cfg.task], 0
     if not (every := boards(text, task)):
         raise UserError(f"--solve {source}: empty; must be a text file with puzzles, or -")
+    if not task.letters:
+        raise UserError(f"--solve {source}: must go with --task maze, sudoku or nqueens, not {cfg.task}")
     out, model = prepare_folder(Path(cfg.out)) if cfg.out else None, model.to(pick_device(cfg.device))
     print(f"{len(every)} of task {cfg.task}, by {checkpoint}; ' marks what a step changed")
     for k, rows in enumerate(every, 1):
@@ -1721,7 +1728,7 @@ class Views:
 
 
 def dihedral(grid, k: int, inverse: bool = False):
-    """One of the 8 symmetries of a grid [H, W], or its inverse: bits of k flip rows, columns, and transpose."""
+    """One of the 8 symmetries of a grid [H, W], or its inverse: bits of k flip rows, columns, transpose."""
     grid = grid.T if inverse and k & 4 else grid
     grid = np.flip(grid, 0) if k & 1 else grid
     grid = np.flip(grid, 1) if k & 2 else grid
@@ -1825,7 +1832,9 @@ def read_csv(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Vi
         cfg.size**2,
     )
     rng, seen = np.random.default_rng([seed, list(SPLITS).index(split)]), 0
-    kept = np.empty((min(count, path.stat().st_size // (2 * L) + 1), 2, L), np.uint8)  # touched as it fills
+    kept = np.empty(
+        (min(count, (path.stat().st_size if path.exists() else 0) // (2 * L) + 1), 2, L), np.uint8
+    )  # touched as it fills
     for chunk in csv_rows(path):
         if split != "test":
             chunk = [row for row in chunk if (zlib.crc32(row[1].encode()) % 16 == 0) == (split == "valid")]
@@ -1961,7 +1970,7 @@ def arc_puzzles(pairs: list) -> Puzzles:
 
 
 def arc_views(cfg: Config) -> tuple:
-    """Symmetries and colours of all identifiers, drawn at random, for `Views`: black stays; view 0 is plain."""
+    """Symmetries and colours of all identifiers, drawn at random: black stays; view 0 is plain."""
     generator, plain = torch.Generator().manual_seed(0), torch.arange(cfg.identifiers) % cfg.views == 0
     turns = torch.randint(8, (cfg.identifiers,), generator=generator).masked_fill(plain, 0)
     colours = torch.rand(cfg.identifiers, 9, generator=generator).argsort(1)
@@ -2004,7 +2013,7 @@ def place(g, size, k, new, shift) -> torch.Tensor:
 
 
 def crop(canvas: np.ndarray) -> np.ndarray | None:
-    """The largest rectangle of colours in the corner of an answer [30, 30], as a grid; None: there is none."""
+    """The largest rectangle of colours in the corner of an answer [30, 30], a grid; None if there is none."""
     width = np.minimum.accumulate((canvas >= BLACK).cumprod(1).sum(1))  # [30], of the first 1, 2, .. rows
     area = width * np.arange(1, CANVAS + 1)
     rows = area.argmax() + 1
@@ -2329,7 +2338,7 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
 
 
 def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
-    """Tokens [L] or [H, W] as coloured cells, with what the task writes into them; crosses mark `wrong` ones."""
+    """Tokens [L] or [H, W] as coloured cells, with what the task writes there; crosses mark `wrong` ones."""
     from matplotlib.colors import ListedColormap
 
     cells, wrong = (grid(v[None])[0].cpu().numpy() for v in (tokens, wrong))

@@ -1717,6 +1717,18 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--compare", "dis+task=sudoku"], ["--compare dis+task=sudoku", "--task"]),
     (["--compare", "dis", "--eval", "model.pt"], ["--eval", "--compare"]),
     (["--compare", "dis", "--size", "12"], ["--size", "12"]),
+    (["--task", "arc"], ["--data DIR", "arc needs it"]),
+    (["--task", "nqueens", "--data", "."], ["--data .", "maze, sudoku or arc"]),
+    (["--data", "nowhere"], ["--data", "test.csv", "No such file"]),
+    (["--data", os.devnull], ["--data", "test.csv", "Not a directory"]),
+    (["--task", "arc", "--data", "nowhere"], ["--data nowhere", "challenges.json"]),
+    (["--identifiers", "5"], ["--identifiers 5", "--task arc"]),
+    (["--views", "0"], ["--views", "0", "from 1"]),
+    (["--solve", "nowhere.txt"], ["--solve nowhere.txt", "No such file", "text file"]),
+    (["--solve", "."], ["--solve .", "Is a directory", "text file"]),
+    (["--solve", __file__], ["--solve", "runs/maze-*/model.pt", "--checkpoint"]),
+    (["--solve", "-", "--eval", "m.pt"], ["--solve -", "--eval"]),
+    (["--checkpoint", "m.pt"], ["--checkpoint m.pt", "--solve"]),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(args, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2196,6 +2208,17 @@ def test_a_bad_puzzle_is_located_and_the_rest_is_solved(task, text, said, tmp_pa
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith(f"lrpi: {tmp_path / 'p.txt'}, line ") and said in err, err
     assert "puzzle 2, line " in out and "steps alive" in out
+
+
+def test_an_empty_file_and_a_bad_checkpoint_get_one_clear_line(trained, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for file, checkpoint, said in (
+        ("empty.txt", trained[1] / "model.pt", "empty.txt: empty; must be a text file with puzzles"),
+        ("empty.txt", tmp_path / "empty.txt", "--checkpoint " + str(tmp_path / "empty.txt")),
+    ):
+        assert lrpi.main(["--solve", str(tmp_path / file), "--checkpoint", str(checkpoint)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and said in error, error
 
 
 # ------------------------------------------------------------------------------------------------------------
