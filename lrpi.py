@@ -2382,7 +2382,7 @@ def draw_frames(cfg: Config, frames: list, title: str, path: Path, mark: str) ->
     keys = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend(cfg).items()]
     keys = [] if TASKS[cfg.task].glyphs else keys
     keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label=mark))
-    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
+    fig.legend(handles=keys, loc="outside lower center", ncols=min(7, len(keys)), frameon=False)
     with replacing(png) as beside:
         fig.savefig(beside, dpi=110)
     plt.close(fig)
