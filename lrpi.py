@@ -266,7 +266,9 @@ class Puzzles:
     x: torch.Tensor  # [N, L] uint8, the question
     y: torch.Tensor  # [N, L] uint8, the solution y*
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
-    order: torch.Tensor  # [N, L] int16, the round in which a cell got its final value; 0: it never changed
+    order: (
+        torch.Tensor
+    )  # [N, L] int16 or uint8, the round in which a cell got its final value; 0: it never changed
     plan: torch.Tensor | None = None  # [N, S, L] uint8, answers on somebody else's way to y
 
     def __post_init__(self):
@@ -1601,21 +1603,16 @@ def tokens_of(rows: list, cfg: Config) -> torch.Tensor:
     letters = task.letters[: len(task.legend(cfg.size))]
     for row in rows:
         for line, col, c in row:
-            if c not in letters + task.alias[:1]:
-                raise UserError(
-                    f"line {line}, column {col}: {c!r}; must be one of {letters + task.alias[:1]!r}"
-                )
+            if c not in (known := letters + task.alias[:1]):
+                raise UserError(f"line {line}, column {col}: {c!r}; must be one of {known!r}")
         if len(row) != W:
             raise UserError(f"line {line}: {len(row)} cells; must be {W}, as in line {first}")
     if (task.glyphs or cfg.mixer == "mlp") and (H, W) != (cfg.size, cfg.size):
-        line = f" or {cfg.size**2} in one line," * bool(task.glyphs)
-        raise UserError(
-            f"line {first}: {H} x {W} cells; must be {cfg.size} x {cfg.size},{line} as in training"
-        )
+        right = f"{cfg.size} x {cfg.size}," + f" or {cfg.size**2} in one line," * bool(task.glyphs)
+        raise UserError(f"line {first}: {H} x {W} cells; must be {right} as in training")
     read = str.maketrans(task.alias[:1], task.alias[1:])
-    return torch.tensor(
-        [[letters.index(c.translate(read)) for *_, c in row] for row in rows], dtype=torch.uint8
-    )
+    cells = [[letters.index(c.translate(read)) for *_, c in row] for row in rows]
+    return torch.tensor(cells, dtype=torch.uint8)
 
 
 ALIVE = 0.01  # a step is dead for --solve if it changes no probability by more than this
@@ -1643,19 +1640,15 @@ def think_aloud(model: LoopedModel, x: torch.Tensor) -> tuple[list, str]:
         if moved <= ALIVE and not cfg.think and not cfg.step_index:
             break
     solved = TASKS[cfg.task].solved(x[None], now[None].cpu()).item()
-    sure = step.logits_c.softmax(-1).amax(-1).min()
-    return (
-        frames,
-        f"{'solved' if solved else 'not solved'}, {alive} of {s} steps alive, confidence {sure:.1%}",
-    )
+    how, sure = "solved" if solved else "not solved", step.logits_c.softmax(-1).amax(-1).min()
+    return frames, f"{how}, {alive} of {s} steps alive, confidence {sure:.1%}"
 
 
 def picture(task: Task, tokens: torch.Tensor, changed: torch.Tensor) -> str:
     """Tokens [H, W] as text; a ' behind a cell says that it has `changed`."""
     rows = zip(tokens.tolist(), changed.tolist(), strict=True)
-    return "\n".join(
-        "".join(task.letters[t] + " '"[c] for t, c in zip(*row, strict=True)).rstrip() for row in rows
-    )
+    cells = [[task.letters[t] + " '"[c] for t, c in zip(*row, strict=True)] for row in rows]
+    return "\n".join("".join(row).rstrip() for row in cells)
 
 
 def solve(given: dict, source: str, checkpoint: str | None) -> int:
@@ -1796,6 +1789,9 @@ def csv_size(folder: str, views: int) -> dict:
     for name in ("test.csv", "train.csv"):
         for (_, question, _), *_ in itertools.islice(csv_rows(Path(folder) / name, 1), 1):
             size = math.isqrt(len(question))
+            if size**2 != len(question):
+                found = f"question of {len(question)} characters"
+                raise UserError(f"--data {Path(folder) / name}, line 2: {found}; must be those of a square")
             break
         else:
             raise UserError(f"--data {Path(folder) / name}: has no rows; must have some")
@@ -1826,25 +1822,20 @@ def read_csv(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Vi
     The file is read in chunks, and only what is kept is held, by reservoir sampling (Vitter's algorithm R).
     Training puzzles come in `Views`, as many as get seen, cfg.views at most.
     """
-    path, task, L = (
-        Path(cfg.data) / f"{'test' if split == 'test' else 'train'}.csv",
-        TASKS[cfg.task],
-        cfg.size**2,
-    )
+    path = Path(cfg.data) / ("test.csv" if split == "test" else "train.csv")
+    task, L, size = TASKS[cfg.task], cfg.size**2, path.stat().st_size if path.exists() else 0
     rng, seen = np.random.default_rng([seed, list(SPLITS).index(split)]), 0
-    kept = np.empty(
-        (min(count, (path.stat().st_size if path.exists() else 0) // (2 * L) + 1), 2, L), np.uint8
-    )  # touched as it fills
+    kept = np.empty((min(count, size // (2 * L) + 1), 2, L), np.uint8)  # memory is taken as it fills
     for chunk in csv_rows(path):
         if split != "test":
             chunk = [row for row in chunk if (zlib.crc32(row[1].encode()) % 16 == 0) == (split == "valid")]
         at = np.arange(seen, seen := seen + len(chunk))
         at = np.where(at < len(kept), at, rng.integers(0, at + 1))
-        lines, *texts = zip(*(chunk[i] for i in np.flatnonzero(at < len(kept))), strict=True) or [(), (), ()]
+        if not (at < len(kept)).any():
+            continue
+        lines, x, y = zip(*(chunk[i] for i in np.flatnonzero(at < len(kept))), strict=True)
         try:
-            tokens = [
-                tokenised(*of, cfg) for of in zip(texts, (lines, lines), ("question", "answer"), strict=True)
-            ]
+            tokens = [tokenised(*of, cfg) for of in ((x, lines, "question"), (y, lines, "answer"))]
             good = task.solved(*map(torch.from_numpy, tokens))
             if not good.all():
                 raise UserError(
@@ -1857,10 +1848,13 @@ def read_csv(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Vi
         raise UserError(f"--data {path}: no rows for --task {cfg.task}, {split}; must have more")
     x, y = torch.from_numpy(kept[:seen]).unbind(1)
     puzzles = Puzzles(x, y, x, x.new_zeros(1, dtype=torch.int16).expand(x.shape))
-    if cfg.target == "edits":
-        parts = [task.solver(x[i : i + 5000], y[i : i + 5000]) for i in range(0, len(x), 5000)]
-        draft = torch.cat([part.draft for part in parts]) if cfg.task == "maze" else x
-        puzzles = Puzzles(x, y, draft, torch.cat([part.order for part in parts]))
+    if cfg.target == "edits":  # rounds are no more than cells, so most fit into a byte
+        puzzles.order, drafts = torch.empty(x.shape, dtype=torch.uint8 if L < 256 else torch.int16), []
+        for i in range(0, len(x), 5000):
+            part = task.solver(x[i : i + 5000], y[i : i + 5000])
+            puzzles.order[i : i + 5000] = part.order
+            drafts += [part.draft] if part.draft is not part.x else []
+        puzzles.draft = torch.cat(drafts) if drafts else x
     if split != "train":
         return puzzles
     most = 10**7 if cfg.budget_seconds else cfg.examples + cfg.batch_size
@@ -1927,10 +1921,8 @@ def read_arc(folder: str) -> tuple[dict, set]:
             if known is not None and len(of_arc(known, list, f"--data {answers}, task {name}")) != len(test):
                 raise UserError(f"--data {answers}, task {name}: {len(known)} grids; must be {len(test)}")
             asked = [arc_grid(*pick(pair, "input", f"{where}, test {i}")) for i, pair in enumerate(test, 1)]
-            right = [
-                known and arc_grid(known[i], f"--data {answers}, task {name}, test {i + 1}")
-                for i in range(len(test))
-            ]
+            there = f"--data {answers}, task {name}, test"
+            right = [arc_grid(g, f"{there} {i}") for i, g in enumerate(known or [], 1)] or [None] * len(test)
             shown = [
                 tuple(arc_grid(*pick(pair, side, f"{where}, train {i}")) for side in ("input", "output"))
                 for i, pair in enumerate(train, 1)
@@ -2031,13 +2023,12 @@ def make_arc(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Vi
         raise UserError(f"--data {cfg.data}: {many}; the model was made for {cfg.identifiers} in all")
     pairs = []
     for number, (name, (shown, asked)) in enumerate(tasks.items()):
-        of = asked if split == "test" and name in tested else []
-        of = shown + (asked if split == "train" and name not in tested else []) if split != "test" else of
+        use = {"train": name not in tested, "valid": False, "test": name in tested}[split]  # its tests?
+        of = (shown if split != "test" else []) + (asked if use else [])
         pairs += [(number * cfg.views, *pair) for pair in of if pair[1] is not None]
     if len(pairs) > count and split != "train":
-        pairs = [
-            pairs[i] for i in sorted(np.random.default_rng(seed).choice(len(pairs), count, replace=False))
-        ]
+        some = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
+        pairs = [pairs[i] for i in sorted(some)]
     if not pairs:
         raise UserError(f"--data {cfg.data}: no outputs are known for {split}")
     view, tables = arc_views(cfg)
@@ -2062,14 +2053,10 @@ def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
         for step in rollout(model, puzzles.x):
             pass
         sure, answers = step.logits_c[:, PREFIX:].log_softmax(-1).max(-1)  # [B, 900]
-        for row, number, answer, c in zip(
-            rows.tolist(),
-            spelt(puzzles.x[:, :PREFIX]).tolist(),
-            answers.cpu(),
-            sure.mean(1).tolist(),
-            strict=True,
-        ):
-            found = crop(answer.view(CANVAS, CANVAS).numpy())
+        numbers = spelt(puzzles.x[:, :PREFIX])
+        each = (v.tolist() for v in (rows, numbers, sure.mean(1)))
+        for row, number, c, canvas in zip(*each, answers.view(-1, CANVAS, CANVAS).cpu().numpy(), strict=True):
+            found = crop(canvas)
             if found is not None:
                 old = tables[1][number, BLACK:].argsort().numpy().astype(np.uint8)
                 votes[row % len(asked)].append((dihedral(old[found], tables[0][number], True), c))
@@ -2109,14 +2096,12 @@ def finish_arc(model: LoopedModel, out: Path) -> bool:
     with replacing(out / "submission.json") as beside:
         beside.write_text(json.dumps(submission))
     views = min(cfg.votes, cfg.views) or cfg.views
-    score = [
-        np.mean([np.mean([any(of[:k]) for of in tests]) for tests in right.values()] or 0) for k in (1, 2)
-    ]
-    said = (
-        "pass@1 {:.1%}, pass@2 {:.1%} of {} tasks".format(*score, len(right))
-        if right
-        else "no solutions to score by"
-    )
+    said = "no solutions to score by"
+    if right:
+        score = [
+            np.mean([np.mean([any(of[:k]) for of in tests]) for tests in right.values()]) for k in (1, 2)
+        ]
+        said = f"pass@1 {score[0]:.1%}, pass@2 {score[1]:.1%} of {len(right)} tasks"
     print(f"{said}, by {views} votes for each of {len(places)} test grids: see submission.json")
     return bool(right)
 
