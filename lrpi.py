@@ -1625,7 +1625,7 @@ def think_aloud(model: LoopedModel, x: torch.Tensor) -> tuple[list, str]:
     What surrounds a maze as a rim of walls is no part of what the model sees: it was trained without.
     """
     cfg, inner, steps, alive = model.cfg, (slice(None), slice(None)), model.cfg.thinks, 0
-    if cfg.task == "maze" and (cfg.mixer != "mlp" or x.shape != model.shape):
+    if cfg.task == "maze" and cfg.mixer != "mlp":
         inner = tuple(slice(i.min(), i.max() + 1) for i in (x != WALL).nonzero(as_tuple=True))
     if not cfg.think and not cfg.step_index:
         steps = range(1, 4 * cfg.n_sup + 1)
