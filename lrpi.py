@@ -37,6 +37,8 @@ THE COMMANDS
   python lrpi.py --compare trm,dis,final        train by each scheme and compare; --seeds 3: thrice each
   python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint again; --halt: stop early; --think 24:
                                                 take 24 steps; --size 21: on larger mazes
+  python lrpi.py --solve FILE                   solve puzzles of your own, as text, with a trained model
+  python lrpi.py --task arc --data DIR          ARC-AGI; also for sudoku and maze: train.csv and test.csv
   python lrpi.py --preset paper-medium          the sizes and rates of a published model; also: trm
   python lrpi.py --resume                       go on where the same command was stopped
   python lrpi.py --bench                        how fast it is here; --device, --precision, --compile: on a GPU
@@ -77,6 +79,7 @@ import tempfile
 import textwrap
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -124,6 +127,10 @@ class Config:
     preset: str = option("none", "sizes and rates of published models", choices=lambda: ("none", *PRESETS))
     size: int = option(11, "side of the grid in cells; of a maze, every second one is a room", 4, 61)
     blanks: int = option(0, "sudoku: empty cells at most, up to 2/3 of all; 0: half of all", 0, 54)
+    data: str = option("", "folder with puzzles: train.csv and test.csv, or ARC's *challenges.json")
+    views: int = option(1000, "with --data: symmetric views of a puzzle to train on; 1: as it is", 1, 10**6)
+    votes: int = option(0, "arc: views of a test grid that vote on the answer; 0: all", 0, 10**6)
+    identifiers: int = option(0, "learned puzzle embeddings; arc: one for each view of a task", 0, 10**8)
     seed: int = option(0, "seed of the weights, of the training puzzles and their order", 0, 2**31)
     device: str = option("auto", "auto: the first there is of the others", choices=lambda: ("auto", *DEVICES))
     precision: str = option(
@@ -182,6 +189,7 @@ class Config:
     )
     lr: float = option(0.01, "peak learning rate, with muon of embeddings, convolutions, readout", 0.0)
     muon_lr: float = option(0.01, "peak learning rate of Muon: the matrices inside the blocks", 0.0)
+    embedding_lr: float = option(0.01, "peak learning rate of SignSGD: puzzle embeddings", 0.0)
     weight_decay: float = option(0.0, "decoupled weight decay", 0.0, 10.0)
     warmup: int = option(100, "steps of linear warm-up of the learning rates", 0, 10**9)
     cosine: bool = option(True, "let the learning rates fall to 0 along a cosine")
@@ -196,7 +204,17 @@ class Config:
             good = good and (m["high"] is None or value <= m["high"]) and not (m["odd"] and value % 2 == 0)
             if not good:
                 raise UserError(f"{flag(f.name)} {value}: must be {allowed(f)}")
-        if self.size not in TASKS[self.task].sizes:
+        if bool(self.data) > bool(TASKS[self.task].peek) or self.task == "arc" and not self.data:
+            raise UserError(
+                f"--data {self.data or 'DIR'}: must go with --task maze, sudoku or arc; arc needs it"
+            )
+        if bool(self.identifiers) != (self.task == "arc"):
+            raise UserError(f"--identifiers {self.identifiers}: must be left to --task arc")
+        if self.data and self.pick > 1:
+            raise UserError(f"--pick {self.pick}: must be 1 with --data")
+        if self.task == "arc" and self.target == "edits":
+            raise UserError("--target edits: arc has no solver; must be one of final, reveal, mask, replace")
+        if self.size not in TASKS[self.task].sizes and not (self.data and self.task == "maze"):
             sizes = [*TASKS[self.task].sizes]
             few = sizes if len(sizes) < 8 else [*sizes[:3], "..", sizes[-1]]
             raise UserError(f"--size {self.size}: for {self.task} must be one of {', '.join(map(str, few))}")
@@ -238,6 +256,8 @@ def configure(**given) -> Config:
     defaults = TASKS[task].defaults if task in TASKS else {}
     defaults = {**defaults, **PRESETS.get(given.get("preset"), {})}
     scheme = given.get("scheme", defaults.get("scheme"))
+    if given.get("data") and task in TASKS and (peek := TASKS[task].peek):
+        defaults = defaults | peek(given["data"], given.get("views", defaults.get("views", Config.views)))
     return Config(**{**defaults, **SCHEMES.get(scheme, {}), **given})
 
 
@@ -281,7 +301,9 @@ class Puzzles:
     x: torch.Tensor  # [N, L] uint8, the question
     y: torch.Tensor  # [N, L] uint8, the solution y*
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
-    order: torch.Tensor  # [N, L] int16, the round in which a cell got its final value; 0: it never changed
+    order: (
+        torch.Tensor
+    )  # [N, L] int16 or uint8, the round in which a cell got its final value; 0: it never changed
     plan: torch.Tensor | None = None  # [N, S, L] uint8, answers on somebody else's way to y
 
     def __post_init__(self):
@@ -353,8 +375,9 @@ def carve(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def grid(cells: torch.Tensor) -> torch.Tensor:
-    """[N, L] -> [N, H, W] for square puzzles."""
-    return cells.unflatten(1, (math.isqrt(cells.shape[1]), -1))
+    """[N, L] -> [N, H, W] for square puzzles, without what stands before the grid; grids stay as they are."""
+    side = math.isqrt(cells.shape[1])
+    return cells if cells.ndim == 3 else cells[:, -(side**2) :].unflatten(1, (side, side))
 
 
 def neighbours(mask: torch.Tensor) -> torch.Tensor:
@@ -363,10 +386,11 @@ def neighbours(mask: torch.Tensor) -> torch.Tensor:
     return m[:, :-2, 1:-1] + m[:, 2:, 1:-1] + m[:, 1:-1, :-2] + m[:, 1:-1, 2:]
 
 
-def solve_mazes(x: torch.Tensor) -> Puzzles:
+def solve_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     """Solve perfect mazes x [N, L] by dead-end filling: each round fills all dead ends; the path remains.
 
-    The draft marks every open cell as path; the order of a cell is the round that filled it.
+    The draft marks every open cell as path; the order of a cell is the round that filled it. Where ways
+    meet again, a solution y [N, L] must say which one to take: one last round fills the others.
     """
     maze = grid(x)  # [N, H, W]
     ends, left = maze >= START, maze != WALL
@@ -375,6 +399,9 @@ def solve_mazes(x: torch.Tensor) -> Puzzles:
         r += 1
         order[dead] = r
         left &= ~dead
+    if y is not None:
+        other = left & ~ends & (grid(y) != PATH)
+        order, left = torch.where(other, order.amax((1, 2), keepdim=True) + 1, order), left & ~other
     y, draft = (torch.where(marked & ~ends, PATH, maze).to(torch.uint8) for marked in (left, maze == OPEN))
     return Puzzles(x, y.flatten(1), draft.flatten(1), order.flatten(1))
 
@@ -429,6 +456,8 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 def hardest(puzzles: Puzzles, pick: int) -> Puzzles:
     """Of every `pick` puzzles the one with the longest solution: training sees more of the hard ones."""
+    if pick == 1:
+        return puzzles
     length = (puzzles.x != puzzles.y).sum(1).view(-1, pick)  # [N / pick, pick]
     return puzzles[length.argmax(1) + pick * torch.arange(len(length))]
 
@@ -437,22 +466,47 @@ class Task(NamedTuple):
     """What training, evaluation and drawing need to know of a kind of puzzle."""
 
     make: Callable  # (cfg, count, split, seed) -> Puzzles
-    solved: Callable  # (x [B, L], answer [B, L]) -> [B] bool
+    solved: Callable | None  # (x [B, L], answer [B, L]) -> [B] bool; None: only the label is right
     legend: Callable  # size -> {name of a token: its colour}, in the order of the tokens
     sizes: range | tuple  # that there are
     defaults: dict  # what it changes of Config's
     glyphs: str = ""  # what is written into cells, by token
     boxes: Callable = lambda size: (size, size)  # size -> rows and columns between heavy lines
+    letters: str = ""  # that stand for the tokens in text files
+    alias: str = ""  # two letters: the first is read as the second
+    peek: Callable | None = None  # (folder, views) -> what its files say of Config's values
+    solver: Callable | None = None  # (x, y) -> Puzzles, for those from files
+    views: Callable | None = None  # cfg -> the function of `Views` and its tables
+    prefix: int = 0  # positions before the grid
+    watched: str = "held-out"  # what of `valid` there is
+    finish: Callable | None = None  # (model, out) -> bool: whether there is more to evaluate
+    fault: Callable | None = None  # x [H, W] -> None, or row, column and what is wrong with a question
+
+
+def solves(task: Task, puzzles: Puzzles, answers: torch.Tensor) -> torch.Tensor:
+    """Which answers [B, L] solve their puzzles: [B] bool."""
+    return task.solved(puzzles.x, answers) if task.solved else (answers == puzzles.y).all(1)
+
+
+def from_files_or(make: Callable) -> Callable:
+    """The `make` of a task that with --data reads puzzles instead."""
+    return lambda cfg, count, split, seed=0: (read_csv if cfg.data else make)(cfg, count, split, seed)
 
 
 MAZE_LEGEND = {"wall": "#30343f", "open": "#f4f1ea", "start": "#009e73", "goal": "#d55e00", "path": "#56b4e9"}
 TASKS = {
     "maze": Task(
-        lambda cfg, count, split, seed=0: make_mazes(count, cfg.size, split, seed),
+        from_files_or(lambda cfg, count, split, seed: make_mazes(count, cfg.size, split, seed)),
         maze_solved,
         lambda size: MAZE_LEGEND,
         range(5, 62, 2),
         {},
+        letters="# SGo",
+        alias=". ",
+        fault=lambda x: maze_fault(x),
+        peek=lambda *of: csv_size(*of),
+        solver=solve_mazes,
+        views=lambda cfg: maze_views(cfg),
     )
 }
 
@@ -512,6 +566,11 @@ def linear(d_in: int, d_out: int, kind=nn.Linear) -> nn.Linear:
     return layer
 
 
+def length(cfg: Config, shape: tuple[int, int]) -> int:
+    """L: the cells of the grid, and the positions before it."""
+    return TASKS[cfg.task].prefix + math.prod(shape)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(h)) * up(h)) along the last axis, of width d."""
 
@@ -555,6 +614,7 @@ class Conv(nn.Module):
     """Depthwise convolution: each channel mixes a kernel x kernel window of the grid.
 
     Information moves (kernel - 1) / 2 cells at most in a pass: a light cone that bounds what few can solve.
+    Positions before the grid, if there are any, see the mean of all cells, and all cells see the first one.
     """
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
@@ -564,11 +624,15 @@ class Conv(nn.Module):
         lecun_(self.conv.weight, cfg.kernel**2)
 
     def forward(self, h):  # [B, L, D]
-        h = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
+        before, h = h[:, : -math.prod(self.shape)], h[:, -math.prod(self.shape) :]
+        cells = h.unflatten(1, self.shape).permute(0, 3, 1, 2)  # [B, D, H, W]; no copy, it is channels_last
         ours = h.device.type == "cpu" and self.conv.weight.shape[-1] > 3
         ours = ours and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        h = DepthwiseConv.apply(h, self.conv.weight) if ours else self.conv(h)
-        return h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, D]
+        cells = DepthwiseConv.apply(cells, self.conv.weight) if ours else self.conv(cells)
+        cells = cells.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, D]
+        if not before.shape[1]:
+            return cells
+        return torch.cat([before + h.mean(1, keepdim=True), cells + before[:, :1]], 1)
 
 
 class Attention(nn.Module):
@@ -579,7 +643,7 @@ class Attention(nn.Module):
         self.heads, d = cfg.heads, cfg.width // cfg.heads
         self.qkv, self.out = linear(cfg.width, 3 * cfg.width), linear(cfg.width, cfg.width)
         frequency = 10_000.0 ** -(torch.arange(0, d, 2) / d).repeat(2)  # [d]
-        angle = torch.outer(torch.arange(math.prod(shape)), frequency)  # [L, d]
+        angle = torch.outer(torch.arange(length(cfg, shape)), frequency)  # [L, d]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -598,7 +662,7 @@ class PositionMLP(nn.Module):
 
     def __init__(self, cfg: Config, shape: tuple[int, int]):
         super().__init__()
-        self.swiglu = SwiGLU(math.prod(shape))
+        self.swiglu = SwiGLU(length(cfg, shape))
 
     def forward(self, h):  # [B, L, D]
         return self.swiglu(h.mT).mT
@@ -625,16 +689,45 @@ def in_bf16(cfg: Config, device: torch.device) -> bool:
     return cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
 
 
+class Identifiers(nn.Module):
+    """A learned vector for each of N puzzles, 0 at first: its number is what the first positions of x spell.
+
+    Only the rows that a batch uses have gradients, and an optimiser of their own without state, `SignSGD`.
+    So the table is no parameter, and copies of a model (averages) share it: 400,000 rows cost their own size.
+    """
+
+    def __init__(self, N: int, D: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(N, D))
+        self.used = None  # numbers [B] and vectors [B, D] of the last batch with gradient
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x, prefix: int):  # [B, L] tokens -> [B, D]
+        number = spelt(x[:, :prefix])
+        if not torch.is_grad_enabled():
+            return self.weight[number]
+        self.used = number, self.weight[number].requires_grad_()
+        return self.used[1]
+
+
+def spelt(digits: torch.Tensor) -> torch.Tensor:
+    """The numbers [B] that these decimal digits [B, P] spell."""
+    return (digits.long() * 10 ** torch.arange(digits.shape[1] - 1, -1, -1, device=digits.device)).sum(1)
+
+
 class LoopedModel(nn.Module):
     """TRM's recursion: the same `net` refines the scratchpad z and the answer y, and only y is ever read out.
 
     `forward_passes` counts how often `net` was applied.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, shape: tuple[int, int] | None = None):
         super().__init__()
         self.cfg, self.forward_passes, D, V = cfg, 0, cfg.width, len(legend(cfg))
-        net = nn.Sequential(*(Block(cfg, (cfg.size, cfg.size)) for _ in range(cfg.layers)))
+        self.shape = shape or (cfg.size, cfg.size)  # H, W
+        net = nn.Sequential(*(Block(cfg, self.shape) for _ in range(cfg.layers)))
         copies = cfg.T * (cfg.n + 1) - 1 if cfg.untied else 0  # equal at first, so schemes start as one
         self.nets = nn.ModuleList([net, *(copy.deepcopy(net) for _ in range(copies))])
         self.tokens = nn.Embedding(V, D)
@@ -642,6 +735,8 @@ class LoopedModel(nn.Module):
         self.readout = linear(D, V, Stablemax if cfg.stablemax else nn.Linear)  # f_O
         if cfg.step_index:
             self.step_table = nn.Parameter(torch.zeros(cfg.n_sup, D))
+        if cfg.identifiers:
+            self.puzzles = Identifiers(cfg.identifiers, D)
         if cfg.recall:
             self.role = nn.Parameter(torch.zeros(D))  # tells net which update this is, now that both see x
         if cfg.act:
@@ -653,7 +748,8 @@ class LoopedModel(nn.Module):
 
     def start(self, B: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The state before the first step: y0 and z0 in every cell, each [B, L, D]."""
-        return self.y0.expand(B, self.cfg.size**2, -1), self.z0.expand(B, self.cfg.size**2, -1)
+        L = length(self.cfg, self.shape)
+        return self.y0.expand(B, L, -1), self.z0.expand(B, L, -1)
 
     def net(self, h: torch.Tensor) -> torch.Tensor:
         net = self.nets[self.forward_passes % len(self.nets)]
@@ -672,9 +768,14 @@ class LoopedModel(nn.Module):
 
     def forward(self, x, y, z, s) -> tuple[torch.Tensor, torch.Tensor]:
         """Step s [B], counted from 1, on the puzzles x [B, L] (tokens): the new y and z [B, L, D]."""
+        question = x
         if self.cfg.feedback:
             x = torch.where(s[:, None] == 1, x, self.readout(y).argmax(-1))
-        x = math.sqrt(self.cfg.width) * self.tokens(x.int())  # [B, L, D]
+        x = self.tokens(x.int())  # [B, L, D]
+        if self.cfg.identifiers:
+            vector = self.puzzles(question, TASKS[self.cfg.task].prefix)  # [B, D]
+            x = x + F.pad(vector[:, None], (0, 0, 0, x.shape[1] - 1))  # at the first position
+        x = math.sqrt(self.cfg.width) * x
         if self.cfg.step_index:
             x = x + self.step_table[s.clamp(max=self.cfg.n_sup) - 1][:, None]  # [B, 1, D]
         with torch.no_grad():
@@ -683,9 +784,12 @@ class LoopedModel(nn.Module):
         return self.cycle(x, y, z)
 
 
-def resized(model: LoopedModel, size: int) -> LoopedModel:
-    """The same weights for puzzles of another size; not for the mlp mixer, whose weights fit one only."""
-    other = LoopedModel(replace(model.cfg, size=size)).to(model.y0.device)
+def resized(model: LoopedModel, size: int = 0, shape: tuple[int, int] | None = None) -> LoopedModel:
+    """The same weights for puzzles of another size, or of any shape (rows, columns).
+
+    Not for the mlp mixer, whose weights fit one length only.
+    """
+    other = LoopedModel(replace(model.cfg, size=size or model.cfg.size), shape).to(model.y0.device)
     other.load_state_dict(model.state_dict())
     return other
 
@@ -985,12 +1089,29 @@ OPTIMIZERS = {  # of the weights that Muon does not train
 }
 
 
+class SignSGD(torch.optim.Optimizer):
+    """Moves the rows of `Identifiers` that the last batch used by lr against the sign of their gradient."""
+
+    def __init__(self, table: Identifiers, lr: float, weight_decay: float):
+        super().__init__([table.weight], {"lr": lr, "weight_decay": weight_decay})
+        self.table = table
+
+    @torch.no_grad()
+    def step(self):
+        (numbers, vectors), group = self.table.used, self.param_groups[0]
+        numbers, place = numbers.unique(return_inverse=True)  # a puzzle may be in the batch more than once
+        slope = vectors.new_zeros(len(numbers), vectors.shape[1]).index_add_(0, place, vectors.grad)
+        kept = (1 - group["lr"] * group["weight_decay"]) * self.table.weight[numbers]
+        self.table.weight[numbers] = kept - group["lr"] * slope.sign()
+
+
 def make_optimizers(model: LoopedModel, cfg: Config) -> list:
     """Muon for the matrices inside the blocks and AdamW for all other weights, or one of others for all."""
     matrices = [p for p in model.nets.parameters() if p.ndim == 2 and cfg.optimizer == "muon"]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     adam = OPTIMIZERS[cfg.optimizer](others, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     optimizers = [Muon(matrices, cfg.muon_lr, cfg.weight_decay), adam] if matrices else [adam]
+    optimizers += [SignSGD(model.puzzles, cfg.embedding_lr, cfg.weight_decay)] if cfg.identifiers else []
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -1244,13 +1365,13 @@ RESAMPLES = 4000  # of the bootstrap
 
 def measure(task: Task, puzzles: Puzzles, step: Step, ws=()) -> dict:
     """The METRICS [B] of a step, a histogram of its margins [B, bins], and what guidance does [B, ws]."""
-    u, c, x, y_star = step.logits_u, step.logits_c, puzzles.x, puzzles.y.long()
+    u, c, y_star = step.logits_u, step.logits_c, puzzles.y.long()
 
     def logp(logits):
         return -F.cross_entropy(logits.mT, y_star, reduction="none").mean(1)
 
     def exact(logits):
-        return task.solved(x, logits.argmax(-1)).float()
+        return solves(task, puzzles, logits.argmax(-1)).float()
 
     gap = margin(u, c, y_star)  # [B, L]
     bins = torch.bucketize(gap, torch.tensor(MARGIN_EDGES, device=gap.device))
@@ -1259,6 +1380,7 @@ def measure(task: Task, puzzles: Puzzles, step: Step, ws=()) -> dict:
     per_cell |= {"margins": F.one_hot(bins, len(MARGIN_EDGES) + 1)}
     values = {name: v.float().mean(1) for name, v in per_cell.items()}
     values |= {"exact": exact(c), "logp": logp(c), "gain": logp(c) - logp(u)}
+    values["label"] = (c.argmax(-1) == y_star).all(1).float()  # where several answers are right, below exact
     guided = [guide(u, c, w) for w in ws]
     return values | {
         f"guided_{f.__name__}": torch.stack([f(l_w) for l_w in guided], 1) for f in (exact, logp) if guided
@@ -1351,7 +1473,7 @@ def calibrate(model: LoopedModel, valid: Puzzles, batch: int = 100) -> dict:
         for k, step in enumerate(rollout(model, some.x)):
             found = {name: score(model, step) for name, score in rules.items()}
             found |= {"u": step.logits_u, "c": step.logits_c}
-            found["solved"] = TASKS[model.cfg.task].solved(some.x, step.logits_c.argmax(-1))
+            found["solved"] = solves(TASKS[model.cfg.task], some, step.logits_c.argmax(-1))
             for name, v in found.items():
                 kept.setdefault(name, [[] for _ in model.cfg.thinks])[k].append(v.cpu())
     kept = {name: [torch.cat(v) for v in steps] for name, steps in kept.items()}  # [S][N, ..]
@@ -1376,7 +1498,7 @@ def compare_halting(model: LoopedModel, puzzles: Puzzles, halt: dict) -> dict:
             passes = taken.cpu().double().mean().item() * model.cfg.T * (model.cfg.n + 1)  # waits for the GPU
             seconds[name].append(time.perf_counter() - began)
             results[name] = {
-                "exact": task.solved(puzzles.x, answers).cpu().double().mean().item(),
+                "exact": solves(task, puzzles, answers).cpu().double().mean().item(),
                 "passes": passes,
             }
     for name in stops:
@@ -1429,7 +1551,7 @@ def diagnose(model: LoopedModel, test: Puzzles, valid: Puzzles) -> dict:
     dead = [s for s in model.cfg.thinks if s not in alive]
     if alive and dead:  # leaving them all out would leave no answer
         full, cut = (answer(model, test.x, steps)[0] for steps in (model.cfg.thinks, alive))
-        before, after = (TASKS[model.cfg.task].solved(test.x, answers) for answers in (full, cut))
+        before, after = (solves(TASKS[model.cfg.task], test, answers) for answers in (full, cut))
         counts = {"changed": (full != cut).any(1), "lost": before & ~after, "won": after & ~before}
         found["cut"] = {"steps": dead, **{name: rows.sum().item() for name, rows in counts.items()}}
     return found
@@ -1442,6 +1564,7 @@ def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
     """
     cfg, steps, task = model.cfg, range(1, 4 * model.cfg.n_sup + 1), TASKS[model.cfg.task]
     larger = [size for size in (15, 21, 31) if size > cfg.size and size in task.sizes and cfg.mixer != "mlp"]
+    larger = [] if cfg.data else larger
     found = {}
     for size in [cfg.size, *larger]:
         other = resized(model, size)
@@ -1451,7 +1574,7 @@ def think_longer(model: LoopedModel, cells: int = 30_000) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# §8  More tasks: the same few functions for sudoku and for n queens
+# §8  More tasks: the same few functions for sudoku and n queens; puzzles from text, from CSV files and of ARC
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size of a sudoku -> rows and columns of its boxes
 
@@ -1474,6 +1597,7 @@ def sudoku_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
     Solved: the given digits stand, and every row, column and box has every digit once.
     """
+    x, answer = x.flatten(1), answer.flatten(1)
     size = math.isqrt(x.shape[1])
     valid = answer <= size  # a mask token is no digit
     once = units(size).to(x.device) @ digits(answer.where(valid, 0), size) == 1  # [B, 3 size, size]
@@ -1518,9 +1642,11 @@ def sudoku_grids(count: int, size: int, generator: torch.Generator) -> torch.Ten
     return exchange(x.repeat_interleave(8, 0)[:count], generator)
 
 
-def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Sudokus [N, L] with digits, bands, stacks, and rows and columns within these, permuted at random."""
-    N, size = len(y), math.isqrt(y.shape[1])
+def exchanges(N: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random symmetries of sudokus: which cell comes to each [N, L], and the digit for each old one [N, V].
+
+    Digits, bands, stacks, and rows and columns within these are permuted.
+    """
 
     def order(step):  # [N, size]: groups of `step` lines are permuted, and the lines in each group
         groups = torch.rand(N, size // step, generator=generator).argsort(1).repeat_interleave(step, 1)
@@ -1529,18 +1655,28 @@ def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     height, width = BOXES[size]
     cell = order(height)[:, :, None] * size + order(width)[:, None]  # [N, size, size]
     new = F.pad(torch.rand(N, size, generator=generator).argsort(1) + 1, (1, 0))  # a blank stays one
-    return new.gather(1, y.gather(1, cell.flatten(1)).long()).to(y.dtype)
+    return cell.flatten(1), new
 
 
-def other_solutions(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def exchange(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Sudokus [N, L], each in one of the `exchanges`."""
+    cell, new = exchanges(len(y), math.isqrt(y.shape[1]), generator)
+    return new.gather(1, y.gather(1, cell).long()).to(y.dtype)
+
+
+def other_solutions(x: torch.Tensor, y: torch.Tensor, most: float = math.inf) -> torch.Tensor | None:
     """For sudokus x [N, L] with a solution y each: another solution, or y where there is no other. [N, L]
 
-    A complete search: propagate, then try all digits of the blank with the fewest.
+    A complete search: propagate, then try all digits of the blank with the fewest. None once it has
+    looked at more than `most` boards.
     """
     other, boards, owner = y.clone(), x.clone(), torch.arange(len(x))
     while len(boards):
+        if most < 0:
+            return None
         last = slice(max(0, len(boards) - 3000), None)  # the newest first, so that memory stays bounded
         now, of = boards[last], owner[last]
+        most -= len(now)
         filled, free, broken = propagate(now)
         found = sudoku_solved(now, now) & (now != y[of]).any(1)
         other[of[found]] = now[found]
@@ -1632,6 +1768,7 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
     Solved: the given queens stand, each row and column has one queen, and no diagonal has two.
     """
+    x, answer = x.flatten(1), answer.flatten(1)
     board = grid(answer == QUEEN).int()  # [B, H, W]
     diagonals = range(1 - board.shape[1], board.shape[1])
     sums = [b.diagonal(k, 1, 2).sum(1) for b in (board, board.flip(2)) for k in diagonals]  # each [B]
@@ -1641,8 +1778,10 @@ def queens_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 BOARD = {"mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1}
 TASKS["sudoku"] = Task(
-    lambda cfg, count, split, seed=0: make_sudokus(
-        count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed
+    from_files_or(
+        lambda cfg, count, split, seed: make_sudokus(
+            count, cfg.size, cfg.blanks or cfg.size**2 // 2, split, seed
+        )
     ),
     sudoku_solved,
     lambda size: {"blank": "#ffffff", **{str(d): "#f4f1ea" for d in range(1, size + 1)}},
@@ -1650,6 +1789,12 @@ TASKS["sudoku"] = Task(
     {"size": 9, **BOARD, "pace": 1},
     " 123456789",
     BOXES.get,
+    letters=".123456789",
+    alias="0.",
+    fault=lambda x: sudoku_fault(x),
+    peek=lambda *of: csv_size(*of),
+    solver=solve_sudokus,
+    views=lambda cfg: sudoku_views(cfg),
 )
 TASKS["nqueens"] = Task(
     lambda cfg, count, split, seed=0: make_queens(count, cfg.size, split, seed),
@@ -1658,6 +1803,598 @@ TASKS["nqueens"] = Task(
     range(5, 11),  # of the few boards of 4 x 4, none is in the split `valid`
     {"size": 8, **BOARD, "pace": 2, "train_size": 7200},
     " ♛",
+    letters=".Q",
+    alias="♛Q",
+    fault=lambda x: queens_fault(x),
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# Puzzles of your own, as text
+
+
+def clash(x: torch.Tensor, peers: torch.Tensor) -> tuple[int, int] | None:
+    """Row and column of the first cell of x [H, W] with the token, not 0, of an earlier one of its peers."""
+    cells = x.flatten()  # [L]; peers [L, L]
+    bad = (peers & (cells[:, None] == cells) & (cells != 0)).tril(-1).any(1)
+    return divmod(bad.int().argmax().item(), x.shape[1]) if bad.any() else None
+
+
+def maze_fault(x: torch.Tensor) -> tuple | None:
+    """Row, column and what is wrong with a maze x [H, W]: it needs one start, one goal, and a way between."""
+    if path := (x == PATH).nonzero().tolist():
+        return *path[0], "an o; must be of answers only"
+    for token, name in ((START, "S"), (GOAL, "G")):
+        at = (x == token).nonzero().tolist()
+        if len(at) != 1:
+            return (0, 0, f"no {name}; must be one") if not at else (*at[1], f"a second {name}; must be one")
+    reached, free = (x == START)[None], (x != WALL)[None]
+    while (more := free & ~reached & (neighbours(reached) > 0)).any():
+        reached = reached | more
+    return None if reached[0][x == GOAL].all() else (*at[0], "no way leads from S to this G")
+
+
+def sudoku_fault(x: torch.Tensor) -> tuple | None:
+    """Row, column and what is wrong with a sudoku x [H, W]: givens in conflict, or no solution."""
+    U = units(len(x))
+    if at := clash(x, U.T @ U > 0):
+        return *at, f"{x[at]} stands in this row, column or box already"
+    found = other_solutions(x.view(1, -1), torch.zeros_like(x).view(1, -1), most=500)  # a second
+    return (0, 0, "this sudoku has no solution") if found is not None and not found.any() else None
+
+
+def queens_fault(x: torch.Tensor) -> tuple | None:
+    """Row, column and what is wrong with a board x [H, W]: queens attack each other, or none can be added."""
+    cell = torch.arange(x.numel())
+    rows, cols = (v[:, None] - v for v in (cell // len(x), cell % len(x)))  # [L, L]
+    if at := clash(x, (rows == 0) | (cols == 0) | (rows.abs() == cols.abs())):
+        return *at, "another queen attacks this one"
+    fits = (placements(len(x)) >= x.flatten()).all(1).any()
+    return None if fits else (0, 0, "these queens cannot be completed")
+
+
+def boards(text: str, task: Task) -> list:
+    """The puzzles in a text: each a list of rows, and a row a list of cells (line, column, character).
+
+    Empty lines part them. Except in mazes, where a space is an open cell, spaces, | and lines of - + = are
+    decoration, and a line longer than any board holds a whole one.
+    """
+    decoration, found = "" if " " in task.letters else " \t|", [[]]
+    for number, line in enumerate(text.splitlines(), 1):
+        row = [(number, col, c) for col, c in enumerate(line, 1) if c not in decoration]
+        if decoration and row and {c for *_, c in row} <= set("-+="):
+            continue
+        if decoration and len(row) > max(task.sizes):
+            side = math.isqrt(len(row))
+            whole = side**2 == len(row) and side in task.sizes
+            found += [[row[i : i + side] for i in range(0, len(row), side)] if whole else [row], []]
+        elif row:
+            found[-1].append(row)
+        else:
+            found.append([])
+    return [rows for rows in found if rows]
+
+
+def tokens_of(rows: list, cfg: Config) -> torch.Tensor:
+    """The puzzle [H, W] uint8 in rows of `boards`. Raises `UserError` with line and column if it is none."""
+    task, H, W, first = TASKS[cfg.task], len(rows), len(rows[0]), rows[0][0][0]
+    letters = task.letters[: len(task.legend(cfg.size))]
+    for row in rows:
+        for line, col, c in row:
+            if c not in (known := letters + task.alias[:1]):
+                raise UserError(f"line {line}, column {col}: {c!r}; must be one of {known!r}")
+        if len(row) != W:
+            raise UserError(f"line {line}: {len(row)} cells; must be {W}, as in line {first}")
+    if (task.glyphs or cfg.mixer == "mlp") and (H, W) != (cfg.size, cfg.size):
+        right = f"{cfg.size} x {cfg.size}," + f" or {cfg.size**2} in one line," * bool(task.glyphs)
+        raise UserError(f"line {first}: {H} x {W} cells; must be {right} as in training")
+    read = str.maketrans(task.alias[:1], task.alias[1:])
+    cells = [[letters.index(c.translate(read)) for *_, c in row] for row in rows]
+    return torch.tensor(cells, dtype=torch.uint8)
+
+
+ALIVE = 0.01  # a step is dead for --solve if it changes no probability by more than this
+
+
+def think_aloud(model: LoopedModel, x: torch.Tensor) -> tuple[list, str]:
+    """[(caption, answer [H, W], changed cells [H, W]), ..] for a puzzle x [H, W] and each step; how it went.
+
+    Without --think, the model may take four times its steps in training, and stops at the first dead one.
+    What surrounds a maze as a rim of walls is no part of what the model sees: it was trained without.
+    """
+    cfg, inner, steps, alive = model.cfg, (slice(None), slice(None)), model.cfg.thinks, 0
+    if cfg.task == "maze" and cfg.mixer != "mlp":
+        inner = tuple(slice(i.min(), i.max() + 1) for i in (x != WALL).nonzero(as_tuple=True))
+    if not cfg.think and not cfg.step_index:
+        steps = range(1, 4 * cfg.n_sup + 1)
+    model, now = resized(model, shape=tuple(x[inner].shape)), x.to(model.y0.device)
+    frames = [("puzzle", x, torch.zeros_like(x, dtype=torch.bool))]
+    for s, step in enumerate(rollout(model, now[inner].reshape(1, -1), steps), 1):
+        last, now = now, now.clone()
+        now[inner] = step.logits_c.argmax(-1).view(model.shape).to(now.dtype)
+        moved = largest_change(step.logits_u, step.logits_c).max().item()
+        alive += moved > ALIVE
+        frames.append((f"step {s}: {(now != last).sum()} changed", now.cpu(), (now != last).cpu()))
+        if moved <= ALIVE and not cfg.think and not cfg.step_index:
+            break
+    solved = TASKS[cfg.task].solved(x[None], now[None].cpu()).item()
+    how, sure = "solved" if solved else "not solved", step.logits_c.softmax(-1).amax(-1).min()
+    return frames, f"{how}, {alive} of {s} steps alive, confidence {sure:.1%}"
+
+
+def picture(task: Task, tokens: torch.Tensor, changed: torch.Tensor) -> str:
+    """Tokens [H, W] as text; a ' behind a cell says that it has `changed`."""
+    rows = zip(tokens.tolist(), changed.tolist(), strict=True)
+    cells = [[task.letters[t] + " '"[c] for t, c in zip(*row, strict=True)] for row in rows]
+    return "\n".join("".join(row).rstrip() for row in cells)
+
+
+def solve(given: dict, source: str, checkpoint: str | None) -> int:
+    """Solve the puzzles in the file `source`, or in standard input for "-", and print how. The exit code."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not text"
+        raise UserError(f"--solve {source}: {why}; must be a text file with puzzles, or -") from e
+    if checkpoint is None:
+        name = given.get("task", Config.task)
+        found = sorted(Path("runs").glob(f"{name}-*/model.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"--solve {source}: no runs/{name}-*/model.pt; train one, or give --checkpoint")
+        checkpoint = str(found[-1])
+    try:
+        model, _ = load_checkpoint(checkpoint, **given)
+    except UserError as e:
+        raise UserError(str(e).replace("--eval", "--checkpoint")) from e
+    cfg, task, bad = model.cfg, TASKS[model.cfg.task], 0
+    if not (every := boards(text, task)):
+        raise UserError(f"--solve {source}: empty; must be a text file with puzzles, or -")
+    if not task.letters:
+        raise UserError(f"--solve {source}: must go with --task maze, sudoku or nqueens, not {cfg.task}")
+    out, model = prepare_folder(Path(cfg.out)) if cfg.out else None, model.to(pick_device(cfg.device))
+    print(f"{len(every)} of task {cfg.task}, by {checkpoint}; ' marks what a step changed")
+    for k, rows in enumerate(every, 1):
+        try:
+            x = tokens_of(rows, cfg)
+            if fault := task.fault(x):
+                line, col, _ = rows[fault[0]][fault[1]]
+                raise UserError(f"line {line}, column {col}: {fault[2]}")
+        except UserError as e:
+            print(f"lrpi: {source}, {e}", file=sys.stderr)
+            bad += 1
+            continue
+        frames, found = think_aloud(model, x)
+        for caption, *cells in frames:
+            print(f"\n{caption}\n{picture(task, *cells)}", flush=True)
+        print(f"\npuzzle {k}, line {rows[0][0][0]}: {found}")
+        if out:
+            names = draw_frames(cfg, frames, f"{cfg.task} {k}: {found}", out / f"puzzle-{k}", "changed")
+            print(f"wrote {', '.join(names)}")
+    return 2 if bad else 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Puzzles from files, in symmetric views: Sudoku-Extreme and Maze-Hard as CSV
+
+
+class Views:
+    """N puzzles, each in `count` symmetric views made when asked for: row v N + i is view v of puzzle i.
+
+    `view` takes puzzles [B], the `tables`, the numbers v [B] and pseudo-random numbers [B] in [0, 1), the
+    same whenever the same row is asked for. View 0 is the puzzle as it is, except that arc shifts it.
+    """
+
+    def __init__(self, puzzles: Puzzles, view: Callable, tables: tuple, count: int):
+        self.puzzles, self.view, self.tables, self.count, self.x = puzzles, view, tables, count, puzzles.x
+
+    def to(self, device) -> "Views":
+        return Views(self.puzzles.to(device), self.view, [t.to(device) for t in self.tables], self.count)
+
+    def __len__(self) -> int:
+        return len(self.puzzles) * self.count
+
+    def __getitem__(self, rows: torch.Tensor) -> Puzzles:
+        u = (rows * 2654435761 >> 4 & 0xFFFFFF).float() / 2**24  # Knuth's multiplicative hash
+        return self.view(self.puzzles[rows % len(self.puzzles)], *self.tables, rows // len(self.puzzles), u)
+
+
+def dihedral(grid, k: int, inverse: bool = False):
+    """One of the 8 symmetries of a grid [H, W], or its inverse: bits of k flip rows, columns, transpose."""
+    grid = grid.T if inverse and k & 4 else grid
+    grid = np.flip(grid, 0) if k & 1 else grid
+    grid = np.flip(grid, 1) if k & 2 else grid
+    return grid.T if k & 4 and not inverse else grid
+
+
+def maze_views(cfg: Config) -> tuple:
+    """The 8 symmetries of mazes, for `Views`."""
+    index = np.arange(cfg.size**2).reshape(cfg.size, -1)
+    cells = torch.from_numpy(np.stack([dihedral(index, k).flatten() for k in range(8)]))  # [8, L]
+    return lambda puzzles, cells, v, u: viewed(puzzles, cells[v % 8]), [cells]
+
+
+def sudoku_views(cfg: Config, many: int = 4096) -> tuple:
+    """Symmetries of sudokus drawn at random, for `Views`: as `exchange`, and transposed where boxes allow."""
+    cell, new = exchanges(many, cfg.size, torch.Generator().manual_seed(0))
+    if BOXES[cfg.size][0] == BOXES[cfg.size][1]:
+        cell[::2] = grid(cell[::2]).mT.flatten(1)
+    cell[0], new[0] = torch.arange(cell.shape[1]), torch.arange(new.shape[1])
+
+    def view(puzzles, cell, new, v, u):
+        k = torch.where(v == 0, 0, 1 + (u * (many - 1)).long())
+        return viewed(puzzles, cell[k], new[k])
+
+    return view, [cell, new]
+
+
+def viewed(puzzles: Puzzles, cell: torch.Tensor, new: torch.Tensor | None = None) -> Puzzles:
+    """Puzzles whose cell l is what `cell` [B, L] says of the old ones, with `new` [B, V] for old tokens."""
+    x, y, draft = (tokens.gather(1, cell) for tokens in (puzzles.x, puzzles.y, puzzles.draft))
+    if new is not None:
+        x, y, draft = (new.gather(1, tokens.long()).to(tokens.dtype) for tokens in (x, y, draft))
+    return Puzzles(x, y, draft, puzzles.order.gather(1, cell))
+
+
+def csv_rows(path: Path, many: int = 20_000):
+    """Questions and answers of a CSV file in chunks: lists of (line number, question, answer)."""
+    try:
+        with path.open(newline="") as lines:
+            reader = csv.reader(lines)
+            header = next(reader, [])
+            if not {"question", "answer"} <= {*header}:
+                found = ",".join(header)[:50]
+                raise UserError(f"--data {path}, line 1: {found!r}; must be source,question,answer,rating")
+            columns, chunk = [header.index("question"), header.index("answer")], []
+            for row in reader:
+                if len(row) != len(header):
+                    raise UserError(
+                        f"--data {path}, line {reader.line_num}: {len(row)} columns; must be {len(header)}"
+                    )
+                chunk.append((reader.line_num, *(row[c] for c in columns)))
+                if len(chunk) == many:
+                    yield chunk
+                    chunk = []
+            if chunk:
+                yield chunk
+    except OSError as e:
+        raise UserError(f"--data {path}: {e.strerror}; must be a CSV file of questions and answers") from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"--data {path}: not text ({e}); must be a CSV file of questions and answers") from e
+
+
+def csv_size(folder: str, views: int) -> dict:
+    """What the first row of train.csv says of Config's values. Raises `UserError` if a file is not there."""
+    for name in ("test.csv", "train.csv"):
+        for (_, question, _), *_ in itertools.islice(csv_rows(Path(folder) / name, 1), 1):
+            size = math.isqrt(len(question))
+            if size**2 != len(question):
+                found = f"question of {len(question)} characters"
+                raise UserError(f"--data {Path(folder) / name}, line 2: {found}; must be those of a square")
+            break
+        else:
+            raise UserError(f"--data {Path(folder) / name}: has no rows; must have some")
+    return {"size": size, "pick": 1}
+
+
+def tokenised(texts: list, lines: list, what: str, cfg: Config) -> np.ndarray:
+    """Texts of L letters as tokens [N, L] uint8. Raises `UserError` with line and column if one is not."""
+    task, L = TASKS[cfg.task], cfg.size**2
+    letters, code = task.letters[: len(task.legend(cfg.size))], np.full(256, 255, np.uint8)
+    code[np.frombuffer(letters.encode(), np.uint8)] = np.arange(len(letters))
+    code[ord(task.alias[0])] = letters.index(task.alias[1])
+    for text, line in zip(texts, lines, strict=True):
+        if len(text) != L:
+            raise UserError(
+                f"line {line}: {what} of {len(text)} characters; must be {L}, for --size {cfg.size}"
+            )
+    tokens = code[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, L)
+    for i, j in np.argwhere(tokens == 255)[:1]:
+        found = texts[i][j]
+        raise UserError(f"line {lines[i]}: {what}, character {j + 1}: {found!r}; must be one of {letters!r}")
+    return tokens
+
+
+def read_csv(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Views:
+    """`count` puzzles of --data, drawn at random, or all: test.csv, or train.csv with one in 16 for `valid`.
+
+    The file is read in chunks, and only what is kept is held, by reservoir sampling (Vitter's algorithm R).
+    Training puzzles come in `Views`, as many as get seen, cfg.views at most.
+    """
+    path = Path(cfg.data) / ("test.csv" if split == "test" else "train.csv")
+    task, L, size = TASKS[cfg.task], cfg.size**2, path.stat().st_size if path.exists() else 0
+    rng, seen = np.random.default_rng([seed, list(SPLITS).index(split)]), 0
+    kept = np.empty((min(count, size // (2 * L) + 1), 2, L), np.uint8)  # memory is taken as it fills
+    for chunk in csv_rows(path):
+        if split != "test":
+            chunk = [row for row in chunk if (zlib.crc32(row[1].encode()) % 16 == 0) == (split == "valid")]
+        at = np.arange(seen, seen := seen + len(chunk))
+        at = np.where(at < len(kept), at, rng.integers(0, at + 1))
+        if not (at < len(kept)).any():
+            continue
+        lines, x, y = zip(*(chunk[i] for i in np.flatnonzero(at < len(kept))), strict=True)
+        try:
+            tokens = [tokenised(*of, cfg) for of in ((x, lines, "question"), (y, lines, "answer"))]
+            good = task.solved(*map(torch.from_numpy, tokens))
+            if not good.all():
+                raise UserError(
+                    f"line {lines[(~good).int().argmax()]}: the answer does not solve the question"
+                )
+        except UserError as e:
+            raise UserError(f"--data {path}, {e}") from e
+        kept[at[at < len(kept)]] = np.stack(tokens, 1)
+    if not seen:
+        raise UserError(f"--data {path}: no rows for --task {cfg.task}, {split}; must have more")
+    x, y = torch.from_numpy(kept[:seen]).unbind(1)
+    puzzles = Puzzles(x, y, x, x.new_zeros(1, dtype=torch.int16).expand(x.shape))
+    if cfg.target == "edits":  # rounds are no more than cells, so most fit into a byte
+        puzzles.order, drafts = torch.empty(x.shape, dtype=torch.uint8 if L < 256 else torch.int16), []
+        for i in range(0, len(x), 5000):
+            part = task.solver(x[i : i + 5000], y[i : i + 5000])
+            puzzles.order[i : i + 5000] = part.order
+            drafts += [part.draft] if part.draft is not part.x else []
+        puzzles.draft = torch.cat(drafts) if drafts else x
+    if split != "train":
+        return puzzles
+    most = 10**7 if cfg.budget_seconds else cfg.examples + cfg.batch_size
+    return Views(puzzles, *task.views(cfg), min(cfg.views, -(-most // len(x))))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ARC-AGI (arxiv.org/abs/1911.01547): a 30 x 30 canvas, after 16 positions that spell the number of the puzzle
+
+CANVAS, PREFIX, PAD, BORDER, BLACK = 30, 16, 0, 1, 2  # colour c is token BLACK + c
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, or a `UserError`."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"--data {path}: {e.strerror}; must be a JSON file of ARC") from e
+    except ValueError as e:
+        raise UserError(f"--data {path}: not JSON ({e}); must be a JSON file of ARC") from e
+    return of_arc(content, dict, f"--data {path}")
+
+
+def of_arc(value, kind: type, where: str, key: str | None = None):
+    """`value`, or value[key], if it is of this kind. Raises `UserError` if it is not."""
+    if key is not None:
+        value, where = of_arc(value, dict, where).get(key), f"{where}: {key}"
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{where}: {json.dumps(value)[:40]}; must be {'an object' if kind is dict else 'a list'}"
+        )
+    return value
+
+
+def arc_grid(value, where: str) -> np.ndarray:
+    """A grid [H, W] uint8 of colours 0 to 9. Raises `UserError` that says in which cell it is none."""
+    for i, row in enumerate(of_arc(value, list, where), 1):
+        if len(of_arc(row, list, f"{where}, row {i}")) != len(value[0]):
+            raise UserError(f"{where}, row {i}: {len(row)} cells; must be {len(value[0])}, as in row 1")
+        for j, colour in enumerate(row, 1):
+            if type(colour) is not int or not 0 <= colour <= 9:
+                raise UserError(f"{where}, row {i}, column {j}: {colour!r}; must be a colour from 0 to 9")
+    size = len(value), len(value[0]) if value else 0
+    if not (1 <= min(size) and max(size) <= CANVAS):
+        raise UserError(f"{where}: {size[0]} x {size[1]} cells; must be from 1 x 1 to {CANVAS} x {CANVAS}")
+    return np.array(value, np.uint8)
+
+
+@functools.cache
+def read_arc(folder: str) -> tuple[dict, set]:
+    """{task: (its demonstrations and tests, pairs of grids; None: unknown)}, and the tested tasks.
+
+    Those of *training_challenges.json are tested only if there is no other file of challenges.
+    """
+    tasks, tested, files = {}, set(), sorted(Path(folder).glob("*challenges.json"))
+    if not files:
+        raise UserError(f"--data {folder}: no *challenges.json; must be a folder with the files of ARC")
+    for path in files:
+        answers = path.with_name(path.name.replace("challenges", "solutions"))
+        solutions = read_json(answers) if answers.exists() else {}
+        for name, task in read_json(path).items():
+            where, known = f"--data {path}, task {name}", solutions.get(name)
+            train, test = (of_arc(task, list, where, kind) for kind in ("train", "test"))
+            if known is not None and len(of_arc(known, list, f"--data {answers}, task {name}")) != len(test):
+                raise UserError(f"--data {answers}, task {name}: {len(known)} grids; must be {len(test)}")
+            asked = [arc_grid(*pick(pair, "input", f"{where}, test {i}")) for i, pair in enumerate(test, 1)]
+            there = f"--data {answers}, task {name}, test"
+            right = [arc_grid(g, f"{there} {i}") for i, g in enumerate(known or [], 1)] or [None] * len(test)
+            shown = [
+                tuple(arc_grid(*pick(pair, side, f"{where}, train {i}")) for side in ("input", "output"))
+                for i, pair in enumerate(train, 1)
+            ]
+            tasks[name] = shown, list(zip(asked, right, strict=True))
+            if "training" not in path.name:
+                tested.add(name)
+    return tasks, tested or {*tasks}
+
+
+def pick(pair, side: str, where: str) -> tuple:
+    """The input or output of a pair, and where it stands."""
+    return of_arc(pair, list, where, side), f"{where} {side}"
+
+
+def arc_size(folder: str, views: int) -> dict:
+    """What the files say of Config's values."""
+    return {"identifiers": views * len(read_arc(folder)[0])}
+
+
+def spell(numbers: torch.Tensor) -> torch.Tensor:
+    """The decimal digits [N, PREFIX] uint8 of numbers [N]: what `spelt` reads."""
+    powers = 10 ** torch.arange(PREFIX - 1, -1, -1, device=numbers.device)
+    return (numbers[:, None] // powers % 10).to(torch.uint8)
+
+
+def arc_puzzles(pairs: list) -> Puzzles:
+    """(identifier, input, output) as puzzles: each grid in the corner of its canvas, yet without a border."""
+
+    def canvas(g):
+        return np.pad(g + BLACK, ((0, CANVAS - len(g)), (0, CANVAS - len(g[0])))).flatten()
+
+    numbers = spell(torch.tensor([number for number, *_ in pairs], dtype=torch.long))
+    x, y = (torch.from_numpy(np.stack([canvas(pair[i]) for pair in pairs])) for i in (1, 2))
+    x, y = torch.cat([numbers, x], 1), torch.cat([numbers, y], 1)
+    return Puzzles(x, y, x, torch.zeros(1, dtype=torch.int16).expand(x.shape))
+
+
+def arc_views(cfg: Config) -> tuple:
+    """Symmetries and colours of all identifiers, drawn at random: black stays; view 0 is plain."""
+    generator, plain = torch.Generator().manual_seed(0), torch.arange(cfg.identifiers) % cfg.views == 0
+    turns = torch.randint(8, (cfg.identifiers,), generator=generator).masked_fill(plain, 0)
+    colours = torch.rand(cfg.identifiers, 9, generator=generator).argsort(1)
+    colours = F.pad(torch.where(plain[:, None], torch.arange(9), colours) + BLACK + 1, (3, 0)).to(torch.uint8)
+    colours[:, :3] = torch.tensor([PAD, BORDER, BLACK])
+    return arc_view, [turns.to(torch.uint8), colours]
+
+
+def arc_view(puzzles: Puzzles, turns, colours, v, u) -> Puzzles:
+    """View v [B] of each puzzle, shifted on the canvas by a share u [B] of the room that there is."""
+    number = spelt(puzzles.x[:, :PREFIX]) + v
+    k, new = turns[number].view(-1, 1, 1), colours[number]
+    x, y = (puzzle[:, PREFIX:].unflatten(1, (CANVAS, CANVAS)) for puzzle in (puzzles.x, puzzles.y))
+    sizes = [torch.stack([(g[:, :, 0] > BORDER).sum(1), (g[:, 0] > BORDER).sum(1)]) for g in (x, y)]  # [2, B]
+    room = CANVAS + 1 - torch.maximum(*sizes)
+    room = torch.where(k[:, 0, 0] & 4 > 0, room.flip(0), room)
+    shift = (torch.stack([u, u * 997 % 1]) * room).long()[..., None, None]  # [2, B, 1, 1]
+    x, y = (
+        torch.cat([spell(number), place(g, size, k, new, shift)], 1)
+        for g, size in zip((x, y), sizes, strict=True)
+    )
+    return Puzzles(x, y, x, puzzles.order)
+
+
+def place(g, size, k, new, shift) -> torch.Tensor:
+    """Grids in the corners of g [B, 30, 30], of `size` [2, B], as view k with `new` [B, V] tokens: [B, 900].
+
+    The border stands right of the grid and below it, where the canvas does not end there.
+    """
+    (h, w), at = size[..., None, None], torch.arange(CANVAS, device=g.device)
+    row, col = at[:, None] - shift[0], at - shift[1]  # [B, 30, 30] after broadcasting: places in the view
+    turned = k & 4 > 0
+    H, W = torch.where(turned, w, h), torch.where(turned, h, w)
+    inside = (row >= 0) & (row < H) & (col >= 0) & (col < W)
+    border = (row >= 0) & (row <= H) & (col >= 0) & (col <= W) & ~inside
+    i, j = torch.where(turned, col, row), torch.where(turned, row, col)
+    i, j = torch.where(k & 1 > 0, h - 1 - i, i), torch.where(k & 2 > 0, w - 1 - j, j)
+    old = g.flatten(1).gather(1, torch.where(inside, i * CANVAS + j, 0).flatten(1))
+    return torch.where(inside.flatten(1), new.gather(1, old.long()), border.flatten(1).to(g.dtype))
+
+
+def crop(canvas: np.ndarray) -> np.ndarray | None:
+    """The largest rectangle of colours in the corner of an answer [30, 30], a grid; None if there is none."""
+    width = np.minimum.accumulate((canvas >= BLACK).cumprod(1).sum(1))  # [30], of the first 1, 2, .. rows
+    area = width * np.arange(1, CANVAS + 1)
+    rows = area.argmax() + 1
+    return canvas[:rows, : width[rows - 1]] - BLACK if area.max() else None
+
+
+def make_arc(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Views:
+    """Demonstrations to train on, in `Views`; `valid`: demonstrations as they are; `test`: the tests.
+
+    As in the paper, demonstrations of tested tasks are trained on, and so are tests of all other tasks.
+    """
+    tasks, tested = read_arc(cfg.data)
+    if cfg.identifiers != cfg.views * len(tasks):
+        many = f"{len(tasks)} tasks with --views {cfg.views}"
+        raise UserError(f"--data {cfg.data}: {many}; the model was made for {cfg.identifiers} in all")
+    pairs = []
+    for number, (name, (shown, asked)) in enumerate(tasks.items()):
+        use = {"train": name not in tested, "valid": False, "test": name in tested}[split]  # its tests?
+        of = (shown if split != "test" else []) + (asked if use else [])
+        pairs += [(number * cfg.views, *pair) for pair in of if pair[1] is not None]
+    if len(pairs) > count and split != "train":
+        some = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
+        pairs = [pairs[i] for i in sorted(some)]
+    if not pairs:
+        raise UserError(f"--data {cfg.data}: no outputs are known for {split}")
+    view, tables = arc_views(cfg)
+    if split == "train":
+        return Views(arc_puzzles(pairs), view, tables, cfg.views)
+    puzzles = arc_puzzles(pairs)
+    none = torch.zeros(len(puzzles), dtype=torch.long)
+    return view(puzzles, *tables, none, none.float())
+
+
+@torch.no_grad()
+def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
+    """For every (identifier, input) the answers [(grid, confidence), ..] in cfg.votes views, mapped back.
+
+    A confidence is the mean log-probability of the cells of the canvas.
+    """
+    cfg, votes, (view, tables) = model.cfg, [[] for _ in asked], arc_views(model.cfg)
+    plain = arc_puzzles([(number, g, g) for number, g in asked])
+    every = Views(plain, lambda p, *rest: view(p, *rest[:-1], torch.zeros_like(rest[-1])), tables, cfg.views)
+    for rows in torch.arange(len(asked) * (min(cfg.votes, cfg.views) or cfg.views)).split(batch):
+        puzzles = every[rows].to(model.y0.device)
+        for step in rollout(model, puzzles.x):
+            pass
+        sure, answers = step.logits_c[:, PREFIX:].log_softmax(-1).max(-1)  # [B, 900]
+        numbers = spelt(puzzles.x[:, :PREFIX])
+        each = (v.tolist() for v in (rows, numbers, sure.mean(1)))
+        for row, number, c, canvas in zip(*each, answers.view(-1, CANVAS, CANVAS).cpu().numpy(), strict=True):
+            found = crop(canvas)
+            if found is not None:
+                old = tables[1][number, BLACK:].argsort().numpy().astype(np.uint8)
+                votes[row % len(asked)].append((dihedral(old[found], tables[0][number], True), c))
+    return votes
+
+
+def attempts(votes: list) -> list:
+    """The two grids with most votes (grid, confidence), the more confident first where these are equal."""
+    groups = {}
+    for g, confidence in votes:
+        groups.setdefault((g.shape, g.tobytes()), []).append((g, confidence))
+    ranked = sorted(groups.values(), key=lambda of: (-len(of), -sum(c for _, c in of) / len(of)))
+    return [of[0][0] for of in ranked[:2]]
+
+
+def finish_arc(model: LoopedModel, out: Path) -> bool:
+    """Print how many demonstrations the model reproduces; vote on the tests; write and score submission.json.
+
+    Returns whether there was anything to score by.
+    """
+    cfg, (tasks, tested) = model.cfg, read_arc(model.cfg.data)
+    shown = make_arc(cfg, 10**9, "valid").to(model.y0.device)
+    exact = solves(TASKS["arc"], shown, answer(model, shown.x, batch=32)[0]).double().mean()
+    print(f"{exact:.1%} of {len(shown)} demonstrations reproduced exactly")
+    places = [
+        (i, name, t) for i, name in enumerate(tasks) if name in tested for t in range(len(tasks[name][1]))
+    ]
+    votes = arc_votes(model, [(i * cfg.views, tasks[name][1][t][0]) for i, name, t in places])
+    submission, right = {}, {}
+    for (_, name, t), of in zip(places, votes, strict=True):
+        tries = attempts(of) or [np.zeros((1, 1), np.uint8)]
+        submission.setdefault(name, []).append(
+            {f"attempt_{k + 1}": tries[min(k, len(tries) - 1)].tolist() for k in (0, 1)}
+        )
+        if (y := tasks[name][1][t][1]) is not None:
+            right.setdefault(name, []).append([np.array_equal(g, y) for g in tries] + [False])
+    with replacing(out / "submission.json") as beside:
+        beside.write_text(json.dumps(submission))
+    views = min(cfg.votes, cfg.views) or cfg.views
+    said = "no solutions to score by"
+    if right:
+        score = [
+            np.mean([np.mean([any(of[:k]) for of in tests]) for tests in right.values()]) for k in (1, 2)
+        ]
+        said = f"pass@1 {score[0]:.1%}, pass@2 {score[1]:.1%} of {len(right)} tasks"
+    print(f"{said}, by {views} votes for each of {len(places)} test grids: see submission.json")
+    return bool(right)
+
+
+ARC = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00")  # the colours in which these grids are shown
+ARC += ("#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
+TASKS["arc"] = Task(
+    make_arc,
+    None,
+    lambda size: {"pad": "#ffffff", "border": "#e0e0e0", **{str(c): colour for c, colour in enumerate(ARC)}},
+    (CANVAS,),
+    {"size": CANVAS, "target": "reveal", "views": 100, "pick": 1, "step_index": True, "train_size": 10**8},
+    peek=arc_size,
+    prefix=PREFIX,
+    watched="demonstrations",
+    finish=finish_arc,
 )
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1854,7 +2591,7 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
     x, y_star, frames, found = puzzle.x, puzzle.y, [], "not solved"
     for s, step in enumerate(rollout(model, x), 1):
         answer = step.logits_c.argmax(-1)  # [1, L]
-        solved = TASKS[model.cfg.task].solved(x, answer).item()
+        solved = solves(TASKS[model.cfg.task], puzzle, answer).item()
         wrong = (answer[0] != y_star[0]) & (not solved)  # [L]; a solution need not be the label
         frames.append((f"step {s}: " + ("solved" if solved else f"{wrong.sum()} wrong"), answer[0], wrong))
         found = f"solved at step {s}" if solved and found == "not solved" else found
@@ -1863,11 +2600,11 @@ def solution_frames(model: LoopedModel, puzzle: Puzzles) -> tuple[list, str]:
 
 
 def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
-    """Tokens [L] as coloured cells, with what the task writes into them; crosses mark the `wrong` [L]."""
+    """Tokens [L] or [H, W] as coloured cells, with what the task writes there; crosses mark `wrong` ones."""
     from matplotlib.colors import ListedColormap
 
     cells, wrong = (grid(v[None])[0].cpu().numpy() for v in (tokens, wrong))
-    task, colours, size = TASKS[cfg.task], list(legend(cfg).values()), 44 / cfg.size
+    task, colours, size = TASKS[cfg.task], list(legend(cfg).values()), 44 / max(cells.shape)
     ax.imshow(cells, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1)
     for (row, col), token in np.ndenumerate(cells) if task.glyphs else ():
         ax.text(col, row, task.glyphs[token : token + 1], ha="center", va="center", fontsize=2 * size)
@@ -1882,26 +2619,33 @@ def draw_frame(ax, cfg: Config, caption: str, tokens, wrong) -> None:
 
 
 def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
-    """solution.png, the frames side by side, and solution.gif, one by one; returns the file names."""
+    """`draw_frames` of how a held-out puzzle is solved."""
+    frames, found = solution_frames(model, puzzle)
+    title = f"A held-out {model.cfg.task} from the hardest 1%: {found}"
+    return draw_frames(model.cfg, frames, title, out / "solution", "wrong")
+
+
+def draw_frames(cfg: Config, frames: list, title: str, path: Path, mark: str) -> list[str]:
+    """`path`.png, all frames side by side, and .gif, one by one; crosses `mark` cells. Returns the names."""
     plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.patches import Patch
 
-    cfg, (frames, found) = model.cfg, solution_frames(model, puzzle)
+    png, gif = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "gif"))
     frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 17) for k in range(18)})]  # 18 at most
     cols = 4 if len(frames) <= 8 else 6
     rows = math.ceil(len(frames) / cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.5 * rows + 0.6), layout="constrained")
-    fig.suptitle(f"A held-out {cfg.task} from the hardest 1%: {found}")
+    fig.suptitle(title)
     for ax, frame in zip(axes.flat, frames, strict=False):
         draw_frame(ax, cfg, *frame)
     for ax in axes.flat[len(frames) :]:
         ax.axis("off")
     keys = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend(cfg).items()]
     keys = [] if TASKS[cfg.task].glyphs else keys
-    keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label="wrong"))
-    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
-    with replacing(out / "solution.png") as beside:
+    keys.append(plt.Line2D([], [], color="black", marker="x", ls="", label=mark))
+    fig.legend(handles=keys, loc="outside lower center", ncols=min(7, len(keys)), frameon=False)
+    with replacing(png) as beside:
         fig.savefig(beside, dpi=110)
     plt.close(fig)
 
@@ -1913,18 +2657,18 @@ def draw_solution(model: LoopedModel, puzzle: Puzzles, out: Path) -> list[str]:
 
     order = [*range(len(frames) - 1), len(frames) - 2, len(frames) - 1]  # lingers on the last answer
     animation = FuncAnimation(fig, show, order)
-    with replacing(out / "solution.gif") as beside:
+    with replacing(gif) as beside:
         animation.save(beside, writer=PillowWriter(fps=1), dpi=90)
     plt.close(fig)
-    return ["solution.png", "solution.gif"]
+    return [png.name, gif.name]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # §10  Files: written beside their place and renamed when complete; checked when read
 
 HOW = ("device", "out", "figures", "compile", "deterministic", "save_minutes")  # nothing that results tell
-LATER_OPTIONS = (*HOW, "test_size", "think", "halt")  # may differ when training is resumed
-RUN_OPTIONS = (*LATER_OPTIONS, "precision")  # may differ between training and a later evaluation
+LATER_OPTIONS = (*HOW, "test_size", "think", "halt", "votes")  # may differ when training is resumed
+RUN_OPTIONS = (*LATER_OPTIONS, "precision", "data")  # may differ between training and a later evaluation
 FACTS = {
     "steps_done": int,
     "examples_seen": int,
@@ -1984,7 +2728,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         facts = {name: kind(content["facts"][name]) for name, kind in FACTS.items()}
         # where and what to write comes from the command line or the defaults, never from the file
         free = (*RUN_OPTIONS, "blanks") if trained.mixer == "mlp" else (*RUN_OPTIONS, "blanks", "size")
-        here = {name: getattr(Config, name) for name in RUN_OPTIONS if name != "test_size"}
+        here = {name: getattr(Config, name) for name in RUN_OPTIONS if name not in ("test_size", "data")}
         here |= {name: value for name, value in given.items() if name in free}
         model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
@@ -2077,6 +2821,8 @@ def load_trajectories(cfg: Config) -> Puzzles:
     whole numbers that stand for the tokens of the task. Raises `UserError` if the file holds anything else.
     """
     where, V = f"--trajectories {cfg.trajectories}", len(TASKS[cfg.task].legend(cfg.size))
+    if cfg.data:
+        raise UserError(f"{where}: must go without --data")
     try:
         with np.load(cfg.trajectories, allow_pickle=False) as content:
             x, plan = content["x"], content["plan"]
@@ -2111,10 +2857,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv) -> dict:
-    """The options that were given on the command line: fields of `Config`, and what is an option besides."""
+    """The options that were given on the command line: fields of `Config`, and COMMANDS."""
     parser = Parser(prog="lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this model.pt; do not train")
     parser.add_argument("--compare", metavar="LIST", help=COMPARE_HELP)
+    parser.add_argument("--solve", metavar="FILE", help="solve the puzzles in this text file, or - for stdin")
+    parser.add_argument(
+        "--checkpoint", help="with --solve: by this model.pt [the newest of the task in runs/]"
+    )
     parser.add_argument("--seeds", metavar="VALUE", help="with --compare: seeds to train each with [1]")
     again = "go on where the same command was stopped, from the checkpoint in its folder"
     parser.add_argument("--resume", action="store_true", help=again)
@@ -2224,10 +2974,14 @@ class Watch:
         """The progress line: rewritten in place on a terminal; elsewhere printed ten times in all."""
         if tenth:
             x, steps = self.held_out.x, range(1, model.cfg.n_sup + 1)
-            solved = TASKS[model.cfg.task].solved(x, answer(model, x, steps)[0])
+            solved = solves(TASKS[model.cfg.task], self.held_out, answer(model, x, steps)[0])
             self.curve.append({**at._asdict(), "exact": solved.double().mean().item()})
         if tenth or self.live:
-            held_out = f"  held-out solved {self.curve[-1]['exact']:.1%}" if self.curve else ""
+            held_out = (
+                f"  {TASKS[model.cfg.task].watched} solved {self.curve[-1]['exact']:.1%}"
+                if self.curve
+                else ""
+            )
             took, end = at.train_seconds, "" if at.share < 1 else "\n"
             left = took / at.share - took if at.share < 1 else 0
             line = f"{min(1, at.share):4.0%}  step {at.steps_done}  loss {loss:.4f}{held_out}"
@@ -2586,16 +3340,25 @@ def bench(given: dict) -> int:
     return 0
 
 
+COMMANDS = ("eval", "compare", "seeds", "solve", "checkpoint", "resume", "bench")
+
+
 def run(given: dict, started: float, interrupts: list) -> int:
     """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
-    checkpoint, arms, seeds = (given.pop(name) for name in ("eval", "compare", "seeds"))
-    resume, benches = given.pop("resume"), given.pop("bench")
-    modes = {"--eval": checkpoint is not None, "--compare": arms is not None, "--resume": resume}
-    several = [name for name, on in {**modes, "--bench": benches}.items() if on]
-    if len(several) > 1:
-        raise UserError(f"{several[0]}{f' {checkpoint}' * modes['--eval']}: must go without {several[1]}")
-    if seeds is not None and arms is None:
-        raise UserError(f"--seeds {seeds}: must go with --compare")
+    checkpoint, arms, seeds, puzzles, by, resume, benches = (given.pop(name) for name in COMMANDS)
+    modes = {"--solve": puzzles, "--eval": checkpoint, "--compare": arms}
+    modes |= {"--resume": resume or None, "--bench": benches or None}
+    modes = [f"{name} {of}".removesuffix(" True") for name, of in modes.items() if of is not None]
+    if len(modes) > 1:
+        raise UserError(f"{modes[0]}: must go without {modes[1]}")
+    for name, value, other, there in (
+        ("--seeds", seeds, "--compare", arms),
+        ("--checkpoint", by, "--solve", puzzles),
+    ):
+        if value is not None and there is None:
+            raise UserError(f"{name} {value}: must go with {other}")
+    if puzzles is not None:
+        return solve(given, puzzles, by)
     if benches:
         return bench(given)
     if arms is not None:
@@ -2603,6 +3366,8 @@ def run(given: dict, started: float, interrupts: list) -> int:
     model, facts, out = obtain(given, checkpoint, resume, interrupts)
     fresh = checkpoint is None
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
+    if TASKS[cfg.task].finish and not TASKS[cfg.task].finish(model, out):
+        return 130 if interrupts else 0
     test = make(cfg, cfg.test_size, "test").to(model.y0.device)
     valid = make(cfg, min(cfg.test_size, VALID_SIZE), "valid", 1).to(model.y0.device)
     found = diagnose(model, test, valid)
@@ -2616,6 +3381,8 @@ def run(given: dict, started: float, interrupts: list) -> int:
     print(
         f"\n{got['exact']:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters"
     )
+    if found["label"] != found["exact"]:
+        print(f"{found['label'][-1]:.1%} are the label, cell by cell; others are right as well")
     if processes()[0]:
         return 0
     drawn = draw_all(model, test, found, longer, out) if cfg.figures else []

@@ -1734,6 +1734,18 @@ def test_every_kind_of_model_trains(given, tmp_path, capsys):
     (["--precision", "fp8"], ["--precision fp8", "auto, fp32, tf32, bf16"]),
     (["--optimizer", "sgd"], ["--optimizer sgd", "muon, adamw, adam-atan2"]),
     (["--save-minutes", "-1"], ["--save-minutes", "-1", "from 0"]),
+    (["--task", "arc"], ["--data DIR", "arc needs it"]),
+    (["--task", "nqueens", "--data", "."], ["--data .", "maze, sudoku or arc"]),
+    (["--data", "nowhere"], ["--data", "test.csv", "No such file"]),
+    (["--data", os.devnull], ["--data", "test.csv", "Not a directory"]),
+    (["--task", "arc", "--data", "nowhere"], ["--data nowhere", "challenges.json"]),
+    (["--identifiers", "5"], ["--identifiers 5", "--task arc"]),
+    (["--views", "0"], ["--views", "0", "from 1"]),
+    (["--solve", "nowhere.txt"], ["--solve nowhere.txt", "No such file", "text file"]),
+    (["--solve", "."], ["--solve .", "Is a directory", "text file"]),
+    (["--solve", __file__], ["--solve", "runs/maze-*/model.pt", "--checkpoint"]),
+    (["--solve", "-", "--eval", "m.pt"], ["--solve -", "--eval"]),
+    (["--checkpoint", "m.pt"], ["--checkpoint m.pt", "--solve"]),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(args, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2112,6 +2124,474 @@ def test_the_other_tasks_train_and_draw(task, tmp_path):
     assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--no-figures"]) == 0
     fresh, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("", "eval"))
     assert fresh["exact"] == again["exact"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Puzzles of your own, as text
+
+SUDOKU = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+TEXTS = {
+    "maze": "S #\n# #\n  G\n\n#####\n#S.G#\n#####\n",
+    "sudoku": SUDOKU + "\n" + "\n".join(SUDOKU[i : i + 9].replace(".", "0") for i in range(0, 81, 9)),
+    "nqueens": "Q......." + "." * 56 + "\n\n" + "........\n" * 7 + ". . . . . Q . .",
+}
+
+
+@pytest.mark.parametrize("task", [*TEXTS])
+def test_texts_are_read_cell_by_cell(task):
+    cfg = lrpi.configure(task=task)
+    first, second = (
+        lrpi.tokens_of(rows, cfg).tolist() for rows in lrpi.boards(TEXTS[task], lrpi.TASKS[task])
+    )
+    if task == "maze":
+        assert first == [[START, OPEN, WALL], [WALL, OPEN, WALL], [OPEN, OPEN, GOAL]]
+        assert second == [[WALL] * 5, [WALL, START, OPEN, GOAL, WALL], [WALL] * 5]
+    elif task == "sudoku":
+        digits = [int(c) if c != "." else 0 for c in SUDOKU]
+        assert first == second == [digits[i : i + 9] for i in range(0, 81, 9)]
+        framed = "5 3 . | . 7 . | . . .\n------+-------+------\n"
+        assert [c for *_, c in lrpi.boards(framed, lrpi.TASKS[task])[0][0]] == list("53..7....")
+    else:
+        assert (first[0][0], second[7][5]) == (1, 1) and sum(map(sum, first + second)) == 2
+
+
+def test_solving_prints_what_a_plain_rollout_answers(trained, tmp_path, capsys):
+    from PIL import Image
+
+    maze = "  #  S\n# # # \n  #   \n ###  \n     G"  # 5 x 6: neither square nor odd
+    (tmp_path / "mazes.txt").write_text(maze.replace("\n", "#\n") + "#\n" + "#" * 7 + "\n\nS G\n")
+    args = ["--checkpoint", str(trained[1] / "model.pt"), "--out", str(tmp_path / "out"), "--think", "3"]
+    assert lrpi.main(["--solve", str(tmp_path / "mazes.txt"), *args]) == 0
+    said = capsys.readouterr().out
+    model = lrpi.resized(lrpi.load_checkpoint(args[1])[0], shape=(5, 6))
+    x = torch.tensor([["# SGo".index(c) for c in row] for row in maze.split("\n")], dtype=torch.uint8)
+    last = x
+    for s, step in enumerate(lrpi.rollout(model, x.view(1, -1), range(1, 4)), 1):
+        now = step.logits_c.argmax(-1).view(5, 6)
+        block = said.split(f"step {s}: ")[1].split("\n\n")[0].split("\n")
+        assert block[0] == f"{(now != last).sum()} changed"
+        shown = [line.ljust(14) for line in block[1:6]]  # the rim is put back, and never changes
+        assert [[row[2 * j] for j in range(6)] for row in shown] == [
+            ["# SGo"[t] for t in r] for r in now.tolist()
+        ]
+        marks = [[row[2 * j + 1] == "'" for j in range(6)] for row in shown]
+        assert marks == (now != last).tolist() and block[6].split() == ["#"] * 7
+        last = now
+    sure = step.logits_c.softmax(-1).max(-1).values.min()
+    verdict = "solved" if lrpi.maze_solved(x[None], last[None]).item() else "not solved"
+    assert re.search(rf"puzzle 1, line 1: {verdict}, \d of 3 steps alive, confidence {sure:.1%}\n", said)
+    assert "puzzle 2, line 8: " in said
+    for k in (1, 2):
+        with (
+            Image.open(tmp_path / "out" / f"puzzle-{k}.png") as png,
+            Image.open(png.filename[:-3] + "gif") as gif,
+        ):
+            assert png.format == "PNG" and gif.format == "GIF" and gif.n_frames > 1
+
+
+def test_solving_takes_the_newest_checkpoint_and_standard_input(trained):
+    done = subprocess.run(
+        [sys.executable, str(HERE / "lrpi.py"), "--solve", "-"], cwd=trained[1].parent.parent, text=True,
+        input="S.#\n#.G", capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "by runs/maze-dis/model.pt" in done.stdout.replace("\\", "/"), done.stderr
+
+
+@pytest.mark.parametrize("task, text, said", [
+    ("maze", "S #\n# x\n#G ", "line 2, column 3: 'x'; must be one of"),
+    ("maze", "S G\n# #S", "line 2: 4 cells; must be 3, as in line 1"),
+    ("maze", "S G\n#S#", "line 2, column 2: a second S"),
+    ("maze", "###\n  G", "line 1, column 1: no S"),
+    ("maze", "###\nS  ", "line 1, column 1: no G"),
+    ("maze", "S#\n#G", "line 2, column 2: no way"),
+    ("maze", "SoG", "line 1, column 2: an o"),
+    ("sudoku", SUDOKU[:80], "line 1: 1 x 80 cells; must be 9 x 9, or 81"),
+    ("sudoku", SUDOKU[:80] + "x", "line 1, column 81: 'x'"),
+    ("sudoku", "." * 40 + "7" + "." * 8 + "7" + "." * 31, "line 1, column 50: 7 stands"),
+    ("sudoku", "12345678........." + "9" + "." * 63, "no solution"),
+    ("sudoku", "12\n34", "line 1: 2 x 2 cells"),
+    ("nqueens", ("." * 8 + "\n") * 6 + "..Q.....\n...Q....", "line 8, column 4: another queen attacks"),
+    ("nqueens", "Q......." + "..Q....." + "....Q..." + "." * 40, "line 1, column 1: these queens cannot"),
+])  # fmt: skip
+def test_a_bad_puzzle_is_located_and_the_rest_is_solved(task, text, said, tmp_path, capsys):
+    small = {"width": 8, "ffn": 8, "n_sup": 2, "mixer": "conv"}
+    model, good = lrpi.LoopedModel(lrpi.configure(task=task, **small)), TEXTS[task].split("\n\n")[0]
+    lrpi.save_checkpoint(
+        tmp_path / "m.pt", model, {"curve": [], **dict.fromkeys(lrpi.FACTS, 0), "stopped": ""} | {"curve": []}
+    )
+    (tmp_path / "p.txt").write_text(f"{text}\n\n{good}\n")
+    args = ["--task", task, "--solve", str(tmp_path / "p.txt"), "--checkpoint", str(tmp_path / "m.pt")]
+    assert lrpi.main([*args, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith(f"lrpi: {tmp_path / 'p.txt'}, line ") and said in err, err
+    assert "puzzle 2, line " in out and "steps alive" in out
+
+
+def test_an_empty_file_and_a_bad_checkpoint_get_one_clear_line(trained, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for file, checkpoint, said in (
+        ("empty.txt", trained[1] / "model.pt", "empty.txt: empty; must be a text file with puzzles"),
+        ("empty.txt", tmp_path / "empty.txt", "--checkpoint " + str(tmp_path / "empty.txt")),
+    ):
+        assert lrpi.main(["--solve", str(tmp_path / file), "--checkpoint", str(checkpoint)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and said in error, error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Puzzles from files
+
+
+def write_csv(path, task, x, y, header="source,question,answer,rating"):
+    letters = lrpi.TASKS[task].letters
+    text = [["".join(letters[t] for t in row) for row in of.tolist()] for of in (x, y)]
+    path.write_text("\n".join([header, *(f"me,{q},{a},0" for q, a in zip(*text, strict=True))]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def csvs(tmp_path_factory):
+    """{task: (folder, its training puzzles, its test puzzles)}"""
+    made = {}
+    for task, given in (("sudoku", {"size": 4}), ("maze", {"size": 7})):
+        folder, cfg = tmp_path_factory.mktemp(task), lrpi.configure(task=task, **given)
+        made[task] = (
+            folder,
+            *(lrpi.TASKS[task].make(cfg, n, split) for n, split in ((300, "train"), (40, "test"))),
+        )
+        for puzzles, name in zip(made[task][1:], ("train", "test"), strict=True):
+            write_csv(folder / f"{name}.csv", task, puzzles.x, puzzles.y)
+    return made
+
+
+@pytest.mark.parametrize("task", ["sudoku", "maze"])
+def test_csv_files_hold_what_was_written_and_splits_share_nothing(task, csvs):
+    folder, train, test = csvs[task]
+    cfg = lrpi.configure(task=task, data=str(folder), examples=1000, train_size=100)
+    make = lrpi.TASKS[task].make
+    assert cfg.size**2 == train.x.shape[1] and cfg.pick == 1
+    read = make(cfg, 10**6, "test")
+    assert read.x.equal(test.x) and read.y.equal(test.y) and read.x.dtype == torch.uint8
+    rows = {tuple(row) for row in train.x.tolist()}
+    data, valid = make(cfg, 10**6, "train"), make(cfg, 10**6, "valid")
+    assert {*map(tuple, valid.x.tolist())} | {*map(tuple, data.puzzles.x.tolist())} == rows
+    assert (
+        not {*map(tuple, valid.x.tolist())} & {*map(tuple, data.puzzles.x.tolist())} and 5 < len(valid) < 45
+    )
+    solver = lrpi.solve_mazes if task == "maze" else lrpi.solve_sudokus
+    assert valid.order.to(torch.int16).equal(solver(valid.x, valid.y).order)
+    some = make(cfg, 100, "train", 0)
+    assert len(some.puzzles) == 100 and {*map(tuple, some.puzzles.x.tolist())} < rows
+    assert len(some) == 100 * 11, "as many views as get seen: 1000 examples and a batch"
+    assert not make(cfg, 100, "train", 1).puzzles.x.equal(some.puzzles.x)
+
+
+def test_rows_are_kept_with_equal_probability(tmp_path):
+    x = torch.tensor([[1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]]).repeat(16, 1)
+    y, x = x.clone(), x * (1 - torch.eye(16, dtype=torch.long))  # a blank each, at another place
+    for name in ("train", "test"):
+        write_csv(tmp_path / f"{name}.csv", "sudoku", x, y)
+    cfg, count = lrpi.configure(task="sudoku", data=str(tmp_path), target="final"), torch.zeros(16)
+    for seed in range(400):
+        count += (lrpi.read_csv(cfg, 4, "test", seed).x == 0).sum(0)
+    assert count.sum() == 1600 and ((count - 100).abs() < 40).all(), "5 standard deviations of 8.7 are 43"
+
+
+@pytest.mark.parametrize("task", ["sudoku", "maze"])
+def test_views_are_symmetric_and_the_same_when_asked_again(task, csvs):
+    cfg = lrpi.configure(task=task, data=str(csvs[task][0]), examples=2400)
+    data = lrpi.TASKS[task].make(cfg, 300, "train")
+    N, rows = len(data.puzzles), torch.arange(len(data))
+    every, s = data[rows], torch.arange(len(data)) % cfg.n_sup + 1
+    assert data.count >= 8 and every.x[:N].equal(data.puzzles.x), "view 0 is the puzzle itself"
+    assert data[rows.flip(0)].x.flip(0).equal(every.x), "whatever the batch"
+    assert lrpi.TASKS[task].solved(every.x, every.y).all()
+    assert (every.x == every.y).sum(1).equal((data.puzzles.x == data.puzzles.y).sum(1).repeat(data.count))
+    again = (lrpi.solve_mazes if task == "maze" else lrpi.solve_sudokus)(every.x, every.y)
+    for v in range(data.count):  # the solver's rounds of a view are a view of its rounds
+        of = slice(v * N, (v + 1) * N)
+        assert lrpi.edits(every[of], s[of], cfg, None).equal(lrpi.edits(again[of], s[of], cfg, None))
+    for i in range(0, N, 50):
+        seen = {tuple(row) for row in every.x[i::N][:8].tolist()}
+        if task == "maze":
+            views = symmetric_views(data.puzzles.x[i].tolist(), 7)
+            assert seen == {(*itertools.chain(*view),) for view in views}
+        else:
+            assert len(seen) > 5
+
+
+def test_mazes_with_several_ways_are_solved_by_the_label_and_by_any_other_way():
+    text = ["S   #", " ## #", "   G#", "#    ", "     "]
+    x = torch.tensor([["# SGo".index(c) for c in row] for row in text], dtype=torch.uint8).view(1, -1)
+    way = lambda cells: torch.where(torch.isin(torch.arange(25), torch.tensor(cells)), PATH, x)  # noqa: E731
+    y, other = way([1, 2, 3, 8]).to(torch.uint8), way([5, 10, 11, 12]).to(torch.uint8)
+    assert lrpi.maze_solved(x, y) and lrpi.maze_solved(x, other) and shortest_paths(x[0].tolist(), 5)[1] == 2
+    puzzles, cfg = lrpi.solve_mazes(x, y), lrpi.configure(pace=1, n_sup=100)
+    stages = [lrpi.edits(puzzles, torch.tensor([s]), cfg, None) for s in range(101)]
+    wrong = [(stage != y).sum().item() for stage in stages]
+    assert wrong[-1] == 0 and wrong == sorted(wrong, reverse=True) and puzzles.y.equal(y)
+    logits = F.one_hot(other.long(), 5).float()
+    found = lrpi.measure(lrpi.TASKS["maze"], puzzles, lrpi.Step(torch.tensor([0]), logits, logits, None))
+    assert found["exact"] == 1 and found["label"] == 0, "valid, but not the label"
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda text: text.replace("question", "puzzle"), "line 1: 'source,puzzle,answer,rating'; must"),
+    (lambda text: "", "line 1: ''; must be"),
+    (lambda text: text.split("\n")[0], "has no rows"),
+    (lambda text: text + "me,12.4,1234,0\n", "line 302: question of 4 characters; must be 16"),
+    (lambda text: text.replace("me,", "me,1", 1), "line 2: question of 17 characters; must be those of a sq"),
+    (lambda text: text + "me,12\n", "line 302: 2 columns; must be 4"),
+    (lambda text: text + f"me,{'.' * 15}5,{'.' * 16},0\n", "line 302: question, character 16: '5'; must be"),
+    (lambda text: text + f"me,{'.' * 16},{'1' * 16},0\n", "line 302: the answer does not solve the question"),
+    (None, "train.csv: No such file"),
+])  # fmt: skip
+def test_a_bad_csv_file_gets_one_clear_line(change, said, csvs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = [(csvs["sudoku"][0] / f"{name}.csv").read_text() for name in ("train", "test")]
+    (tmp_path / "test.csv").write_text(good[1])
+    if change:
+        (tmp_path / "train.csv").write_text(change(good[0]))
+    assert lrpi.main(["--task", "sudoku", "--data", ".", "--no-figures", "--out", "o"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("lrpi: --data ") and said in error, error
+
+
+def test_a_model_trains_on_files_and_is_evaluated_on_them_again(csvs, tmp_path, capsys):
+    small = ["--examples", "20", "--test-size", "30", "--width", "16", "--ffn", "32", "--no-figures"]
+    for args in (["--task", "sudoku"], ["--task", "maze", "--target", "reveal"]):
+        data = ["--data", str(csvs[args[1]][0])]
+        assert lrpi.main([*small, *args, *data, "--out", str(tmp_path)]) == 0
+        first = without_times(tmp_path / "metrics.json")
+        assert len(first["label"]) == 6 and "of 30 held-out puzzles" in capsys.readouterr().out
+        assert lrpi.main(["--eval", str(tmp_path / "model.pt"), "--no-figures"]) == 0
+        assert without_times(tmp_path / "eval" / "metrics.json") == first
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ARC-AGI
+
+REAL = HERE.parent / "shared" / "data"
+SIZES = [(1, 1), (30, 30), (1, 30), (30, 1), (3, 4), (29, 7), (12, 12)]
+
+
+def arc_task(rng, pairs=3, tests=1, sizes=SIZES):
+    draw = lambda: rng.integers(0, 10, sizes[rng.integers(len(sizes))]).tolist()  # noqa: E731
+    pair = lambda: {"input": draw(), "output": draw()}  # noqa: E731
+    return {"train": [pair() for _ in range(pairs)], "test": [pair() for _ in range(tests)]}
+
+
+def write_arc(folder, tasks, kind="training", solutions=True):
+    asked = {
+        n: {"train": t["train"], "test": [{"input": p["input"]} for p in t["test"]]} for n, t in tasks.items()
+    }
+    (folder / f"arc-agi_{kind}_challenges.json").write_text(json.dumps(asked))
+    if solutions:
+        known = {n: [p["output"] for p in t["test"]] for n, t in tasks.items()}
+        (folder / f"arc-agi_{kind}_solutions.json").write_text(json.dumps(known))
+    return folder
+
+
+def plain_view(g, k, colours, top, left):
+    """A grid as view on a canvas, cell by cell."""
+    if k & 1:
+        g = g[::-1]
+    if k & 2:
+        g = [row[::-1] for row in g]
+    if k & 4:
+        g = [list(column) for column in zip(*g, strict=True)]
+    canvas = {(i + top, j + left): colours[c] for i, row in enumerate(g) for j, c in enumerate(row)}
+    H, W = len(g), len(g[0])
+    canvas |= {(top + H, left + j): 1 for j in range(W + 1)} | {(top + i, left + W): 1 for i in range(H + 1)}
+    return [[canvas.get((i, j), 0) for j in range(30)] for i in range(30)]
+
+
+def test_arc_views_against_plain_loops_and_back(tmp_path):
+    rng = np.random.default_rng(0)
+    write_arc(tmp_path, {f"t{i}": arc_task(rng, 8) for i in range(3)})
+    cfg = lrpi.configure(task="arc", data=str(tmp_path), views=16)
+    data = lrpi.make_arc(cfg, 10**6, "train")
+    (turns, colours), base, N, tops = data.tables, data.puzzles, len(data.puzzles), set()
+    for row in range(len(data)):
+        p, v, task = data[torch.tensor([row])], row // N, (row % N) // 8
+        number = int("".join(map(str, p.x[0, :16].tolist())))
+        assert number == 16 * task + v and p.y[0, :16].equal(p.x[0, :16])
+        k, new = turns[number].item(), colours[number, 2:].tolist()
+        assert new[0] == 2 and sorted(new) == [*range(2, 12)] and (v > 0 or k == 0 and new == sorted(new))
+        grids = [lrpi.crop(of[row % N, 16:].view(30, 30).numpy()).tolist() for of in (base.x, base.y)]
+        shown = [of[0, 16:].view(30, 30).tolist() for of in (p.x, p.y)]
+        top, left = (side.min() for side in np.nonzero(shown[0]))
+        tops.add((top, left))
+        assert [plain_view(g, k, new, top, left) for g in grids] == shown
+        for canvas, g in zip(shown, grids, strict=True):
+            seen = np.array(canvas)[top:, left:]
+            found = lrpi.crop(np.pad(seen, ((0, top), (0, left))))
+            back = lrpi.dihedral(np.array([new.index(c) for c in range(2, 12)])[found], k, inverse=True)
+            assert back.tolist() == g
+    assert len(tops) > 20 and set(turns.tolist()) == {*range(8)}
+
+
+def test_arc_views_of_all_real_tasks_can_be_undone():
+    if not REAL.exists():
+        pytest.skip("the ARC files are not here")
+    cfg = lrpi.configure(task="arc", data=str(REAL), views=8)
+    tasks, tested = lrpi.read_arc(cfg.data)
+    assert len(tasks) == 400 and tested == {*tasks}
+    pairs = [(8 * i, *pair) for i, (shown, asked) in enumerate(tasks.values()) for pair in shown + asked]
+    base, (view, tables) = lrpi.arc_puzzles(pairs), lrpi.arc_views(cfg)
+    for v in range(8):
+        p = view(base, *tables, torch.full((len(pairs),), v), torch.zeros(len(pairs)))
+        for row, (number, *grids) in enumerate(pairs):
+            old = tables[1][number + v, 2:].argsort().numpy()
+            for g, of in zip(grids, (p.x, p.y), strict=True):
+                found = lrpi.crop(of[row, 16:].view(30, 30).numpy())
+                assert np.array_equal(lrpi.dihedral(old[found], tables[0][number + v].item(), True), g)
+
+
+def test_crops_of_answers_that_are_not_quite_grids():
+    canvas = np.zeros((30, 30), int)
+    assert lrpi.crop(canvas) is None
+    canvas[:, :] = 5
+    assert lrpi.crop(canvas).shape == (30, 30)
+    canvas[:] = 0
+    canvas[:3, :4], canvas[1, 2] = 7, 1  # a hole: 1 x 4 or 3 x 2
+    assert lrpi.crop(canvas).tolist() == [[5, 5]] * 3
+    canvas[0, 0] = 0
+    assert lrpi.crop(canvas) is None
+
+
+def test_votes_by_hand():
+    a, b, c = np.array([[1]]), np.array([[2]]), np.array([[1, 1]])
+    votes = [(a, -0.5), (b, -0.2), (a, -0.1), (c, -0.01), (b, -0.3)]  # two each for a and b; b is surer
+    assert [g.tolist() for g in lrpi.attempts(votes)] == [[[2]], [[1]]]
+    assert [g.tolist() for g in lrpi.attempts([*votes, (c, -3.0), (c, -3.0)])] == [[[1, 1]], [[2]]]
+    assert lrpi.attempts([]) == [] and len(lrpi.attempts([(a, 0.0)])) == 1
+
+
+def test_votes_of_views_are_mapped_back(tmp_path, monkeypatch):
+    """A model that answers every question with its own input must vote for the input in every view."""
+    rng = np.random.default_rng(1)
+    write_arc(tmp_path, {f"t{i}": arc_task(rng, 2, 2) for i in range(4)})
+    cfg = lrpi.configure(task="arc", data=str(tmp_path), views=8, width=8, ffn=8, kernel=3)
+    asked = [(8 * i, g) for i, (_, tests) in enumerate(lrpi.read_arc(cfg.data)[0].values()) for g, _ in tests]
+
+    def echo(model, x, *_):
+        logits = F.one_hot(x.long(), 12).float()
+        yield lrpi.Step(torch.arange(len(x)), logits, logits, None)
+
+    monkeypatch.setattr(lrpi, "rollout", echo)
+    for votes, (_, g) in zip(lrpi.arc_votes(lrpi.LoopedModel(cfg), asked), asked, strict=True):
+        assert len(votes) == 8 and all(np.array_equal(vote, g) for vote, _ in votes)
+    assert all(len(of) == 3 for of in lrpi.arc_votes(lrpi.LoopedModel(lrpi.replace(cfg, votes=3)), asked))
+
+
+def test_tests_of_tested_tasks_are_not_trained_on(tmp_path):
+    rng = np.random.default_rng(2)
+    write_arc(tmp_path, {"a": arc_task(rng, 3, 2), "b": arc_task(rng, 2, 1)})
+    cfg = lrpi.configure(task="arc", data=str(tmp_path), views=4)
+    count = lambda cfg, split: (
+        len(getattr(lrpi.make_arc(cfg, 10**6, split), "puzzles", ""))
+        or len(  # noqa: E731
+            lrpi.make_arc(cfg, 10**6, split)
+        )
+    )
+    assert [count(cfg, split) for split in ("train", "valid", "test")] == [5, 5, 3], "a lone file is tested"
+    other = tmp_path / "both"
+    other.mkdir()
+    write_arc(write_arc(other, {"a": arc_task(rng, 3, 2)}), {"c": arc_task(rng, 4, 1)}, "evaluation")
+    cfg = lrpi.configure(task="arc", data=str(other), views=4)
+    assert [count(cfg, split) for split in ("train", "valid", "test")] == [3 + 2 + 4, 7, 1]
+    assert cfg.identifiers == 8
+
+
+def test_embeddings_learn_by_the_sign_of_their_own_gradient_only():
+    table = lrpi.Identifiers(6, 3)
+    table.weight.copy_(torch.randn(6, 3, generator=generator()))
+    before, x = table.weight.clone(), lrpi.spell(torch.tensor([4, 1, 4]))
+    assert lrpi.spelt(lrpi.spell(torch.tensor([0, 399_999, 10**15]))).tolist() == [0, 399_999, 10**15]
+    factor = torch.tensor([[1.0, -2, 0], [3, 1, -1], [-4, -1, 2]])
+    (table(x, 16) * factor).sum().backward()
+    optimizer = lrpi.SignSGD(table, lr=0.1, weight_decay=0.5)
+    optimizer.step()
+    expected = before.clone()
+    for row, slope in ((4, factor[0] + factor[2]), (1, factor[1])):
+        expected[row] = before[row] * (1 - 0.1 * 0.5) - 0.1 * slope.sign()
+    torch.testing.assert_close(table.weight, expected)
+    assert table.weight[[0, 2, 3, 5]].equal(before[[0, 2, 3, 5]])
+
+
+@pytest.mark.parametrize("mixer", ["conv", "attention", "mlp"])
+def test_every_mixer_lets_the_embedding_reach_the_grid(mixer, tmp_path):
+    write_arc(tmp_path, {"a": arc_task(np.random.default_rng(5), 1, 1)})
+    cfg = lrpi.configure(task="arc", data=str(tmp_path), views=2, width=8, heads=2, ffn=8, mixer=mixer)
+    model, x = lrpi.LoopedModel(cfg), lrpi.make_arc(cfg, 1, "valid").x
+    last = [[*lrpi.rollout(model, x, [1])][-1].logits_c[0, -1]]  # of the corner that is farthest
+    model.puzzles.weight[0] += 1
+    last.append([*lrpi.rollout(model, x, [1])][-1].logits_c[0, -1])
+    assert x.shape == (1, 916) and (last[0] - last[1]).abs().max() > 1e-4
+
+
+ARC_SMALL = [
+    "--views",
+    "4",
+    "--width",
+    "8",
+    "--ffn",
+    "8",
+    "--kernel",
+    "3",
+    "--batch-size",
+    "4",
+    "--no-figures",
+]
+
+
+@pytest.mark.parametrize("given", [[], ["--feedback"]])
+def test_arc_from_files_to_submission(given, tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    tasks = {"a": arc_task(rng, 2, 2), "b": arc_task(rng, 2, 1)}
+    write_arc(tmp_path, tasks, solutions="--feedback" not in given)
+    args = ["--task", "arc", "--data", str(tmp_path), "--examples", "6", "--n-sup", "2"]
+    assert lrpi.main([*args, *ARC_SMALL, *given, "--out", str(tmp_path / "o")]) == 0
+    said = capsys.readouterr().out
+    submission = json.loads((tmp_path / "o" / "submission.json").read_text())
+    assert {name: len(of) for name, of in submission.items()} == {"a": 2, "b": 1}
+    for tries in itertools.chain(*submission.values()):
+        assert [*tries] == ["attempt_1", "attempt_2"] and all(np.array(g).ndim == 2 for g in tries.values())
+    assert "of 4 demonstrations reproduced" in said
+    assert ("no solutions to score by" in said) == ("--feedback" in given)
+    assert "pass@2" in said or "--feedback" in given
+    model, _ = lrpi.load_checkpoint(str(tmp_path / "o" / "model.pt"))
+    assert model.puzzles.weight.shape == (8, 8) and (model.puzzles.weight != 0).any()
+    assert lrpi.main(["--eval", str(tmp_path / "o" / "model.pt"), "--no-figures", "--votes", "2"]) == 0
+    assert "by 2 votes for each of 3 test grids" in capsys.readouterr().out
+    write_arc(tmp_path, tasks | {"c": arc_task(rng)})
+    lrpi.read_arc.cache_clear()
+    assert lrpi.main(["--eval", str(tmp_path / "o" / "model.pt"), "--no-figures"]) == 2
+    assert "3 tasks with --views 4; the model was made for 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda t: t["train"][1]["input"].append([1] * 99), "task a, train 2 input, row 2: 99 cells; must be 1"),
+    (lambda t: t["train"][0].update(output=[[1, 2], [3, 10]]), "train 1 output, row 2, column 2: 10; must"),
+    (lambda t: t["train"][0].update(output=[[1, True]]), "column 2: True; must be a colour from 0 to 9"),
+    (lambda t: t["test"][0].update(input=[[1] * 31]), "task a, test 1 input: 1 x 31 cells; must be"),
+    (lambda t: t["test"][0].update(input=[]), "task a, test 1 input: 0 x 0 cells"),
+    (lambda t: t["test"][0].update(input=7), "task a, test 1: input: 7; must be a list"),
+    (lambda t: t.pop("train"), "task a: train: null; must be a list"),
+    (lambda t: t["test"].append({}), "task a, test 2: input: null"),
+    (None, "not JSON"),
+    ("[1, 2]", "[1, 2]; must be an object"),
+])  # fmt: skip
+def test_a_bad_arc_file_gets_one_clear_line(spoil, said, tmp_path, capsys, monkeypatch):
+    tasks = {"a": arc_task(np.random.default_rng(4), 2, 1, [(1, 1)])}
+    if callable(spoil):
+        spoil(tasks["a"])
+    path = tmp_path / "arc-agi_training_challenges.json"
+    text = json.dumps(tasks) if callable(spoil) else spoil or '{"a": '
+    path.write_text(text)
+    assert lrpi.main(["--task", "arc", "--data", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"lrpi: --data {path}") and said in error, error
 
 
 # ------------------------------------------------------------------------------------------------------------
