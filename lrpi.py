@@ -1099,8 +1099,9 @@ class SignSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (numbers, vectors), group = self.table.used, self.param_groups[0]
-        numbers, place = numbers.unique(return_inverse=True)  # a puzzle may be in the batch more than once
-        slope = vectors.new_zeros(len(numbers), vectors.shape[1]).index_add_(0, place, vectors.grad)
+        slopes = everyones(vectors.grad)  # DDP knows nothing of them, nor should it send the table around
+        numbers, place = everyones(numbers).unique(return_inverse=True)  # one may be in the batch twice
+        slope = slopes.new_zeros(len(numbers), slopes.shape[1]).index_add_(0, place, slopes)
         kept = (1 - group["lr"] * group["weight_decay"]) * self.table.weight[numbers]
         self.table.weight[numbers] = kept - group["lr"] * slope.sign()
 
@@ -1228,7 +1229,7 @@ def parallel(model: LoopedModel) -> nn.Module:
         return model
     for net in model.nets[: -cfg.n - 1] if cfg.untied else ():
         net.requires_grad_(False)  # DDP waits for every gradient, and cycles before the last one have none
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def update(optimizers: list, factor: float) -> None:
@@ -2370,8 +2371,9 @@ def finish_arc(model: LoopedModel, out: Path) -> bool:
         )
         if (y := tasks[name][1][t][1]) is not None:
             right.setdefault(name, []).append([np.array_equal(g, y) for g in tries] + [False])
-    with replacing(out / "submission.json") as beside:
-        beside.write_text(json.dumps(submission))
+    if processes()[0] == 0:
+        with replacing(out / "submission.json") as beside:
+            beside.write_text(json.dumps(submission))
     views = min(cfg.votes, cfg.views) or cfg.views
     said = "no solutions to score by"
     if right:

@@ -2322,7 +2322,7 @@ def test_views_are_symmetric_and_the_same_when_asked_again(task, csvs):
 def test_mazes_with_several_ways_are_solved_by_the_label_and_by_any_other_way():
     text = ["S   #", " ## #", "   G#", "#    ", "     "]
     x = torch.tensor([["# SGo".index(c) for c in row] for row in text], dtype=torch.uint8).view(1, -1)
-    way = lambda cells: torch.where(torch.isin(torch.arange(25), torch.tensor(cells)), PATH, x)  # noqa: E731
+    way = lambda cells: torch.where(torch.isin(torch.arange(25), torch.tensor(cells)), PATH, x)
     y, other = way([1, 2, 3, 8]).to(torch.uint8), way([5, 10, 11, 12]).to(torch.uint8)
     assert lrpi.maze_solved(x, y) and lrpi.maze_solved(x, other) and shortest_paths(x[0].tolist(), 5)[1] == 2
     puzzles, cfg = lrpi.solve_mazes(x, y), lrpi.configure(pace=1, n_sup=100)
@@ -2375,8 +2375,8 @@ SIZES = [(1, 1), (30, 30), (1, 30), (30, 1), (3, 4), (29, 7), (12, 12)]
 
 
 def arc_task(rng, pairs=3, tests=1, sizes=SIZES):
-    draw = lambda: rng.integers(0, 10, sizes[rng.integers(len(sizes))]).tolist()  # noqa: E731
-    pair = lambda: {"input": draw(), "output": draw()}  # noqa: E731
+    draw = lambda: rng.integers(0, 10, sizes[rng.integers(len(sizes))]).tolist()
+    pair = lambda: {"input": draw(), "output": draw()}
     return {"train": [pair() for _ in range(pairs)], "test": [pair() for _ in range(tests)]}
 
 
@@ -2490,7 +2490,7 @@ def test_tests_of_tested_tasks_are_not_trained_on(tmp_path):
     cfg = lrpi.configure(task="arc", data=str(tmp_path), views=4)
     count = lambda cfg, split: (
         len(getattr(lrpi.make_arc(cfg, 10**6, split), "puzzles", ""))
-        or len(  # noqa: E731
+        or len(
             lrpi.make_arc(cfg, 10**6, split)
         )
     )
@@ -2847,8 +2847,9 @@ with lrpi.joined_processes():
     N = lrpi.processes()[1]
     for name, given in json.loads(sys.argv[2]).items():
         cfg, losses = lrpi.configure(**given), []
-        model, facts = lrpi.train(cfg, lrpi.make_mazes(130, 5), lambda at, loss, model: losses.append(loss) or "")
-        test = lrpi.make_mazes(50, 5, "test")
+        make = lrpi.TASKS[cfg.task].make
+        model, facts = lrpi.train(cfg, make(cfg, 130, "train", 0), lambda at, loss, model: losses.append(loss) or "")
+        test = make(cfg, 50, "valid")
         found[name] = {"losses": (lrpi.total(torch.stack(losses[1:])) / N).tolist(), "seen": facts["examples_seen"]}
         found[name] |= {"test": lrpi.evaluate(model, test, batch=20), "few": lrpi.evaluate(model, test[:3])}
         stop = lrpi.stopping("kl", 1e-3)
@@ -2895,7 +2896,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     """
     base = {"size": 5, "width": 16, "ffn": 32, "batch_size": 4, "examples": 34, "precision": "fp32"}
     runs = {"dis": {}, "untied": {"mixer": "attention", "hinge": 1.0, "T": 2, "untied": True, "examples": 10},
-            "trm": {"scheme": "trm", "T": 2, "n": 1, "n_sup": 4, "examples": 50}}  # fmt: skip
+            "trm": {"scheme": "trm", "T": 2, "n": 1, "n_sup": 4, "examples": 50},
+            "arc": {"task": "arc", "data": ".", "views": 2, "size": 30, "n_sup": 2, "examples": 24}}  # fmt: skip
+    write_arc(tmp_path, {f"t{i}": arc_task(np.random.default_rng(i)) for i in range(2)})
     runs = json.dumps({name: {**base, **given} for name, given in runs.items()})
     (tmp_path / "work.py").write_text(WORK)
     done = torchrun("work.py", "two.json", runs, cwd=tmp_path)
