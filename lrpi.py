@@ -68,6 +68,7 @@ import argparse
 import copy
 import csv
 import functools
+import gc
 import io
 import itertools
 import json
@@ -91,6 +92,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -281,7 +283,7 @@ TRM_SIZE = {"width": 512, "layers": 2, "heads": 8}
 PRESETS = {  # what each changes of the task's defaults
     "paper-compact": {**DIS_RECIPE, "width": 256, "layers": 1, "heads": 4},  # 0.8 million parameters
     "paper-medium": {**DIS_RECIPE, **TRM_SIZE},  # 7 million, as the next
-    "trm": {**TRM_RECIPE, **TRM_SIZE, "scheme": "trm", "optimizer": "adam-atan2"},
+    "trm": {**TRM_RECIPE, **TRM_SIZE, "scheme": "trm", "optimizer": "adam-atan2", "step_index": False},
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1046,7 +1048,11 @@ def orthogonal(m: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made `orthogonal`: torch.optim.Muon, which takes three times as long on a CPU (bfloat16)."""
+    """Momentum made `orthogonal`. As torch.optim.Muon, but for that one's bfloat16 on a CPU, too.
+
+    There it takes three times as long, and makes differences grow that are in the last bits of gradients, so
+    that N processes would no longer do what one does (to 1e-5).
+    """
 
     def __init__(self, params, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -1229,7 +1235,8 @@ def parallel(model: LoopedModel) -> nn.Module:
         return model
     for net in model.nets[: -cfg.n - 1] if cfg.untied else ():
         net.requires_grad_(False)  # DDP waits for every gradient, and cycles before the last one have none
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    model._ddp_params_and_buffers_to_ignore = ["puzzles.weight"]  # `SignSGD` does the same to it everywhere
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def update(optimizers: list, factor: float) -> None:
@@ -1239,13 +1246,6 @@ def update(optimizers: list, factor: float) -> None:
             group["lr"] = group["peak"] * factor
         optimizer.step()
         optimizer.zero_grad()
-
-
-@torch.no_grad()
-def follow(kept: LoopedModel, model: LoopedModel, rate: float) -> None:
-    """Move the averaged weights towards those of the model."""
-    for mean, p in zip(kept.parameters(), model.parameters(), strict=True):
-        mean.lerp_(p, rate)
 
 
 def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=None) -> tuple:
@@ -1283,7 +1283,8 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=Non
         cosine = 0.5 + 0.5 * math.cos(math.pi * at.share) if cfg.cosine else 1.0
         update(optimizers, warm * cosine)
         if cfg.ema:
-            follow(kept, model, 1 - cfg.ema if step > 1 else 1.0)
+            average = get_ema_multi_avg_fn(cfg.ema if step > 1 else 0.0)  # it begins as a copy
+            average([*kept.parameters()], [*model.parameters()], step)
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
 
         seconds = at.train_seconds + time.perf_counter() - began
@@ -1884,7 +1885,8 @@ def tokens_of(rows: list, cfg: Config) -> torch.Tensor:
             if c not in (known := letters + task.alias[:1]):
                 raise UserError(f"line {line}, column {col}: {c!r}; must be one of {known!r}")
         if len(row) != W:
-            raise UserError(f"line {line}: {len(row)} cells; must be {W}, as in line {first}")
+            col = row[min(len(row), W + 1) - 1][1]
+            raise UserError(f"line {line}, column {col}: {len(row)} cells; must be {W}, as in line {first}")
     if (task.glyphs or cfg.mixer == "mlp") and (H, W) != (cfg.size, cfg.size):
         right = f"{cfg.size} x {cfg.size}," + f" or {cfg.size**2} in one line," * bool(task.glyphs)
         raise UserError(f"line {first}: {H} x {W} cells; must be {right} as in training")
@@ -1922,22 +1924,26 @@ def think_aloud(model: LoopedModel, x: torch.Tensor) -> tuple[list, str]:
     return frames, f"{how}, {alive} of {s} steps alive, confidence {sure:.1%}"
 
 
-def picture(task: Task, tokens: torch.Tensor, changed: torch.Tensor) -> str:
-    """Tokens [H, W] as text; a ' behind a cell says that it has `changed`."""
+def picture(cfg: Config, tokens: torch.Tensor, changed: torch.Tensor) -> str:
+    """Tokens [H, W] as text, "?" where one is masked; a ' behind a cell says that it has `changed`."""
+    task = TASKS[cfg.task]
+    letters = task.letters[: len(task.legend(cfg.size))] + "?"
     rows = zip(tokens.tolist(), changed.tolist(), strict=True)
-    cells = [[task.letters[t] + " '"[c] for t, c in zip(*row, strict=True)] for row in rows]
+    cells = [[letters[t] + " '"[c] for t, c in zip(*row, strict=True)] for row in rows]
     return "\n".join("".join(row).rstrip() for row in cells)
 
 
-def solve(given: dict, source: str, checkpoint: str | None) -> int:
+def solve(given: dict, source: str, checkpoint: str | None, interrupts: list) -> int:
     """Solve the puzzles in the file `source`, or in standard input for "-", and print how. The exit code."""
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+        text = sys.stdin.read() if source == "-" else Path(source).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "not text"
         raise UserError(f"--solve {source}: {why}; must be a text file with puzzles, or -") from e
     if checkpoint is None:
         name = given.get("task", Config.task)
+        if name not in (able := [name for name, task in TASKS.items() if task.letters]):
+            raise UserError(f"--task {name}: must be one of {', '.join(able)} with --solve")
         found = sorted(Path("runs").glob(f"{name}-*/model.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise UserError(f"--solve {source}: no runs/{name}-*/model.pt; train one, or give --checkpoint")
@@ -1954,6 +1960,8 @@ def solve(given: dict, source: str, checkpoint: str | None) -> int:
     out, model = prepare_folder(Path(cfg.out)) if cfg.out else None, model.to(pick_device(cfg.device))
     print(f"{len(every)} of task {cfg.task}, by {checkpoint}; ' marks what a step changed")
     for k, rows in enumerate(every, 1):
+        if interrupts:
+            return 130
         try:
             x = tokens_of(rows, cfg)
             if fault := task.fault(x):
@@ -1965,7 +1973,7 @@ def solve(given: dict, source: str, checkpoint: str | None) -> int:
             continue
         frames, found = think_aloud(model, x)
         for caption, *cells in frames:
-            print(f"\n{caption}\n{picture(task, *cells)}", flush=True)
+            print(f"\n{caption}\n{picture(cfg, *cells)}", flush=True)
         print(f"\npuzzle {k}, line {rows[0][0][0]}: {found}")
         if out:
             names = draw_frames(cfg, frames, f"{cfg.task} {k}: {found}", out / f"puzzle-{k}", "changed")
@@ -2038,14 +2046,14 @@ def viewed(puzzles: Puzzles, cell: torch.Tensor, new: torch.Tensor | None = None
 def csv_rows(path: Path, many: int = 20_000):
     """Questions and answers of a CSV file in chunks: lists of (line number, question, answer)."""
     try:
-        with path.open(newline="") as lines:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
             header = next(reader, [])
             if not {"question", "answer"} <= {*header}:
                 found = ",".join(header)[:50]
                 raise UserError(f"--data {path}, line 1: {found!r}; must be source,question,answer,rating")
             columns, chunk = [header.index("question"), header.index("answer")], []
-            for row in reader:
+            for row in filter(None, reader):  # not empty lines
                 if len(row) != len(header):
                     raise UserError(
                         f"--data {path}, line {reader.line_num}: {len(row)} columns; must be {len(header)}"
@@ -2148,10 +2156,10 @@ CANVAS, PREFIX, PAD, BORDER, BLACK = 30, 16, 0, 1, 2  # colour c is token BLACK 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, or a `UserError`."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except OSError as e:
         raise UserError(f"--data {path}: {e.strerror}; must be a JSON file of ARC") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"--data {path}: not JSON ({e}); must be a JSON file of ARC") from e
     return of_arc(content, dict, f"--data {path}")
 
@@ -2205,9 +2213,13 @@ def read_arc(folder: str) -> tuple[dict, set]:
                 tuple(arc_grid(*pick(pair, side, f"{where}, train {i}")) for side in ("input", "output"))
                 for i, pair in enumerate(train, 1)
             ]
+            if known is None and name in tasks and len(tasks[name][1]) == len(test):  # as in another file
+                right = [y for _, y in tasks[name][1]]
             tasks[name] = shown, list(zip(asked, right, strict=True))
             if "training" not in path.name:
                 tested.add(name)
+    if not tasks:
+        raise UserError(f"--data {files[0]}: no tasks; must have some")
     return tasks, tested or {*tasks}
 
 
@@ -2732,6 +2744,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
         free = (*RUN_OPTIONS, "blanks") if trained.mixer == "mlp" else (*RUN_OPTIONS, "blanks", "size")
         here = {name: getattr(Config, name) for name in RUN_OPTIONS if name not in ("test_size", "data")}
         here |= {name: value for name, value in given.items() if name in free}
+        here |= {"pick": 1} if given.get("data") else {}  # `pick` is of generated puzzles
         model = LoopedModel(replace(trained, **here))
         model.load_state_dict(content["model"])
     except Exception as e:  # what a damaged or foreign file makes torch.load and the rest raise has no end
@@ -2929,6 +2942,7 @@ def joined_processes():
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if processes()[0] else sys.stdout):
             yield
     finally:
+        gc.collect()  # DDP is part of cycles; what is left of it must not outlive the group, whose threads it uses
         dist.destroy_process_group()
 
 
@@ -3360,7 +3374,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
         if value is not None and there is None:
             raise UserError(f"{name} {value}: must go with {other}")
     if puzzles is not None:
-        return solve(given, puzzles, by)
+        return solve(given, puzzles, by, interrupts)
     if benches:
         return bench(given)
     if arms is not None:
@@ -3416,6 +3430,9 @@ def main(argv=None, started: float | None = None) -> int:
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"lrpi: {e}", file=sys.stderr)
+    except BrokenPipeError:  # whoever reads what is printed has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as e:
         print(f"lrpi: {e.filename or '--out'}: {e.strerror}; must be a place to write to", file=sys.stderr)
     finally:

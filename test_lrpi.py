@@ -2199,7 +2199,7 @@ def test_solving_takes_the_newest_checkpoint_and_standard_input(trained):
 
 @pytest.mark.parametrize("task, text, said", [
     ("maze", "S #\n# x\n#G ", "line 2, column 3: 'x'; must be one of"),
-    ("maze", "S G\n# #S", "line 2: 4 cells; must be 3, as in line 1"),
+    ("maze", "S G\n# #S", "line 2, column 4: 4 cells; must be 3, as in line 1"),
     ("maze", "S G\n#S#", "line 2, column 2: a second S"),
     ("maze", "###\n  G", "line 1, column 1: no S"),
     ("maze", "###\nS  ", "line 1, column 1: no G"),
@@ -2225,6 +2225,40 @@ def test_a_bad_puzzle_is_located_and_the_rest_is_solved(task, text, said, tmp_pa
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith(f"lrpi: {tmp_path / 'p.txt'}, line ") and said in err, err
     assert "puzzle 2, line " in out and "steps alive" in out
+
+
+def test_solving_shows_masked_cells_and_reads_what_windows_writes(tmp_path, capsys):
+    model = lrpi.LoopedModel(lrpi.configure(target="mask", size=5, width=8, ffn=8))
+    shown = lrpi.picture(model.cfg, torch.tensor([[START, 5], [PATH, WALL]]), torch.eye(2).bool().flip(0))
+    assert shown == "S ?'\no'#"
+    lrpi.save_checkpoint(
+        tmp_path / "m.pt", model, {**dict.fromkeys(lrpi.FACTS, 0), "stopped": "", "curve": []}
+    )
+    (tmp_path / "p.txt").write_bytes("\N{BYTE ORDER MARK}S.\r\nG#\r\n".encode())
+    args = ["--solve", str(tmp_path / "p.txt"), "--checkpoint", str(tmp_path / "m.pt"), "--think", "1"]
+    assert lrpi.main([*args, "--device", "cpu"]) == 0 and "1 of task maze" in capsys.readouterr().out
+    assert lrpi.main(["--task", "arc", *args[:2]]) == 2
+    assert "--task arc: must be one of maze, sudoku, nqueens with --solve" in capsys.readouterr().err
+
+
+def test_a_model_of_generated_mazes_is_evaluated_on_files(trained, tmp_path, capsys):
+    """With a byte order mark and empty lines in them, too."""
+    puzzles = lrpi.make_mazes(40, 5, "test")
+    for name in ("train", "test"):
+        write_csv(tmp_path / f"{name}.csv", "maze", puzzles.x, puzzles.y)
+        text = (tmp_path / f"{name}.csv").read_text().replace("source,", "", 1).replace("\nme,", "\n\n")
+        (tmp_path / f"{name}.csv").write_text("\N{BYTE ORDER MARK}" + text, encoding="utf-8")
+    args = [
+        "--eval",
+        str(trained[1] / "model.pt"),
+        "--data",
+        str(tmp_path),
+        "--no-figures",
+        "--test-size",
+        "40",
+    ]
+    assert lrpi.main([*args, "--out", str(tmp_path / "out")]) == 0
+    assert "of 40 held-out puzzles" in capsys.readouterr().out
 
 
 def test_an_empty_file_and_a_bad_checkpoint_get_one_clear_line(trained, tmp_path, capsys):
@@ -2489,10 +2523,7 @@ def test_tests_of_tested_tasks_are_not_trained_on(tmp_path):
     write_arc(tmp_path, {"a": arc_task(rng, 3, 2), "b": arc_task(rng, 2, 1)})
     cfg = lrpi.configure(task="arc", data=str(tmp_path), views=4)
     count = lambda cfg, split: (
-        len(getattr(lrpi.make_arc(cfg, 10**6, split), "puzzles", ""))
-        or len(
-            lrpi.make_arc(cfg, 10**6, split)
-        )
+        len(getattr(lrpi.make_arc(cfg, 10**6, split), "puzzles", "")) or len(lrpi.make_arc(cfg, 10**6, split))
     )
     assert [count(cfg, split) for split in ("train", "valid", "test")] == [5, 5, 3], "a lone file is tested"
     other = tmp_path / "both"
@@ -2564,6 +2595,11 @@ def test_arc_from_files_to_submission(given, tmp_path, capsys):
     assert model.puzzles.weight.shape == (8, 8) and (model.puzzles.weight != 0).any()
     assert lrpi.main(["--eval", str(tmp_path / "o" / "model.pt"), "--no-figures", "--votes", "2"]) == 0
     assert "by 2 votes for each of 3 test grids" in capsys.readouterr().out
+    write_arc(tmp_path, tasks, "test", solutions=False)  # the same tests, with no solutions: known ones stay
+    lrpi.read_arc.cache_clear()
+    again, _ = lrpi.read_arc(str(tmp_path))
+    assert [y is None for _, y in again["a"][1]] == 2 * ["--feedback" in given]
+    (tmp_path / "arc-agi_test_challenges.json").unlink()
     write_arc(tmp_path, tasks | {"c": arc_task(rng)})
     lrpi.read_arc.cache_clear()
     assert lrpi.main(["--eval", str(tmp_path / "o" / "model.pt"), "--no-figures"]) == 2
@@ -2580,6 +2616,8 @@ def test_arc_from_files_to_submission(given, tmp_path, capsys):
     (lambda t: t.pop("train"), "task a: train: null; must be a list"),
     (lambda t: t["test"].append({}), "task a, test 2: input: null"),
     (None, "not JSON"),
+    ("{}", "no tasks; must have some"),
+    ("[" * 10**5, "not JSON"),
     ("[1, 2]", "[1, 2]; must be an object"),
 ])  # fmt: skip
 def test_a_bad_arc_file_gets_one_clear_line(spoil, said, tmp_path, capsys, monkeypatch):
