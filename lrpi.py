@@ -976,7 +976,7 @@ def edits(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
 def file(puzzles: Puzzles, s, cfg: Config, noise) -> torch.Tensor:
     """Somebody's way to y* that came with the puzzles (`load_trajectories`): S answers over N_sup steps."""
     S = puzzles.plan.shape[1]
-    return puzzles.plan[torch.arange(len(s)), ((s * S - 1) // cfg.n_sup).clamp(max=S - 1)]
+    return puzzles.plan[torch.arange(len(s), device=s.device), ((s * S - 1) // cfg.n_sup).clamp(max=S - 1)]
 
 
 TARGETS = {  # (puzzles [B], steps s [B], cfg, noise [B, L]) -> y† [B, L]
@@ -1027,6 +1027,13 @@ def largest(value: float) -> float:
         dist.all_reduce(t := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
         value = t.item()
     return value
+
+
+def wait_for(device: torch.device) -> float:
+    """The time at which the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
 
 
 def draw_rows(draw, like: torch.Tensor) -> torch.Tensor:
@@ -1106,8 +1113,8 @@ class SignSGD(torch.optim.Optimizer):
     def step(self):
         (numbers, vectors), group = self.table.used, self.param_groups[0]
         slopes = everyones(vectors.grad)  # DDP knows nothing of them, nor should it send the table around
-        numbers, place = everyones(numbers).unique(return_inverse=True)  # one may be in the batch twice
-        slope = slopes.new_zeros(len(numbers), slopes.shape[1]).index_add_(0, place, slopes)
+        numbers = everyones(numbers)
+        slope = (numbers[:, None] == numbers).to(slopes.dtype) @ slopes  # one may be in the batch twice
         kept = (1 - group["lr"] * group["weight_decay"]) * self.table.weight[numbers]
         self.table.weight[numbers] = kept - group["lr"] * slope.sign()
 
@@ -1134,7 +1141,8 @@ def step_loss(logits_u, logits_c, y_dagger, s, cfg: Config) -> torch.Tensor:
     loss = F.cross_entropy(logits_c.flatten(0, 1), y_dagger.flatten(), reduction="none")  # [B L]
     loss = loss.view_as(y_dagger)  # [B, L]
     if cfg.awr:
-        A = advantage(logits_u, logits_c.detach()).gather(-1, y_dagger[..., None])[..., 0]
+        A = logits_c.detach().log_softmax(-1) - logits_u.log_softmax(-1)  # unchecked: a GPU need not wait
+        A = A.gather(-1, y_dagger[..., None])[..., 0]
         loss = loss * (A / cfg.awr).exp().clamp(max=20)
     if cfg.hinge:
         delta = logits_c - logits_u
@@ -1192,7 +1200,7 @@ class Episodes:
         """
         cfg, step, B = self.model.cfg, before.steps_done + 1, self.model.cfg.batch_size
         seen, finished = B * math.ceil(step / cfg.n_sup), B * step / cfg.n_sup
-        if cfg.act and step % 10 and self.s.is_cuda:
+        if cfg.act and step % 10 and self.s.device.type != "cpu":
             seen, finished = before.examples_seen, before.share * cfg.examples
         elif cfg.act:
             under_way = torch.where(self.done, 1.0, self.s.float() / cfg.n_sup).sum()
@@ -1288,7 +1296,10 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=Non
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
 
         seconds = at.train_seconds + time.perf_counter() - began
-        at = batch.progress(at, largest(seconds) if cfg.budget_seconds else seconds)
+        now = batch.progress(at, largest(seconds) if cfg.budget_seconds else seconds)
+        if int(200 * now.share) > int(200 * at.share):  # `Watch` waits for a GPU now: let it count
+            now = now._replace(train_seconds=at.train_seconds + wait_for(data.x.device) - began)
+        at = now
         stopped = watch(at, loss.detach(), kept)
         if keep and (stopped == "interrupted" or keep.due(step)):
             keep.save(at)
@@ -1339,6 +1350,7 @@ def at_once(model: LoopedModel, L: int, on_cpu: int) -> int:
     inner = max(model.nets[0][0].swiglu.down.in_features, 2 * model.cfg.width)
     cell = 4 * (8 * model.cfg.width + 4 * inner + 40 * len(legend(model.cfg)))  # bytes
     fit = torch.cuda.mem_get_info(model.y0.device)[0] // 2 // (cell * L)
+    fit = int(-largest(-fit))  # of all processes the least, as they deal out batches of one size
     return min(4096, max(1, fit))  # `evaluate` draws RESAMPLES numbers for each
 
 
@@ -2330,7 +2342,7 @@ def make_arc(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Vi
 
 
 @torch.no_grad()
-def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
+def arc_votes(model: LoopedModel, asked: list) -> list:
     """For every (identifier, input) the answers [(grid, confidence), ..] in cfg.votes views, mapped back.
 
     A confidence is the mean log-probability of the cells of the canvas.
@@ -2338,7 +2350,8 @@ def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
     cfg, votes, (view, tables) = model.cfg, [[] for _ in asked], arc_views(model.cfg)
     plain = arc_puzzles([(number, g, g) for number, g in asked])
     every = Views(plain, lambda p, *rest: view(p, *rest[:-1], torch.zeros_like(rest[-1])), tables, cfg.views)
-    for rows in torch.arange(len(asked) * (min(cfg.votes, cfg.views) or cfg.views)).split(batch):
+    batch, (rank, N), cast = at_once(model, plain.x.shape[1], 32), processes(), []
+    for rows in torch.arange(len(asked) * (min(cfg.votes, cfg.views) or cfg.views)).split(batch)[rank::N]:
         puzzles = every[rows].to(model.y0.device)
         for step in rollout(model, puzzles.x):
             pass
@@ -2349,7 +2362,12 @@ def arc_votes(model: LoopedModel, asked: list, batch: int = 32) -> list:
             found = crop(canvas)
             if found is not None:
                 old = tables[1][number, BLACK:].argsort().numpy().astype(np.uint8)
-                votes[row % len(asked)].append((dihedral(old[found], tables[0][number], True), c))
+                cast.append((row, dihedral(old[found], tables[0][number], True), c))
+    if N > 1:
+        dist.all_gather_object(shares := [None] * N, cast)
+        cast = sorted(itertools.chain(*shares), key=lambda of: of[0])
+    for row, found, c in cast:
+        votes[row % len(asked)].append((found, c))
     return votes
 
 
@@ -2369,7 +2387,8 @@ def finish_arc(model: LoopedModel, out: Path) -> bool:
     """
     cfg, (tasks, tested) = model.cfg, read_arc(model.cfg.data)
     shown = make_arc(cfg, 10**9, "valid").to(model.y0.device)
-    exact = solves(TASKS["arc"], shown, answer(model, shown.x, batch=32)[0]).double().mean()
+    answers, _ = answer(model, shown.x, batch=at_once(model, shown.x.shape[1], 32))
+    exact = solves(TASKS["arc"], shown, answers).cpu().double().mean()
     print(f"{exact:.1%} of {len(shown)} demonstrations reproduced exactly")
     places = [
         (i, name, t) for i, name in enumerate(tasks) if name in tested for t in range(len(tasks[name][1]))
@@ -2918,7 +2937,12 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: this machine has none; must be one of auto, {', '.join(there)}")
     name = there[0] if name == "auto" else name
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if name == "cuda" and rank >= count:
+        raise UserError(
+            f"--device cuda: process {rank + 1} on this machine has none; must be {count} at most"
+        )
+    return torch.device(f"cuda:{rank}" if name == "cuda" else name)
 
 
 def set_up(cfg: Config, device: torch.device) -> None:
@@ -2928,7 +2952,7 @@ def set_up(cfg: Config, device: torch.device) -> None:
         torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")  # high is TF32
         torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS if deterministic
-    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(cfg.deterministic)
 
 
 @contextmanager
@@ -2991,7 +3015,7 @@ class Watch:
         if tenth:
             x, steps = self.held_out.x, range(1, model.cfg.n_sup + 1)
             solved = solves(TASKS[model.cfg.task], self.held_out, answer(model, x, steps)[0])
-            self.curve.append({**at._asdict(), "exact": solved.double().mean().item()})
+            self.curve.append({**at._asdict(), "exact": solved.cpu().double().mean().item()})
         if tenth or self.live:
             held_out = (
                 f"  {TASKS[model.cfg.task].watched} solved {self.curve[-1]['exact']:.1%}"
@@ -3249,17 +3273,13 @@ def print_comparison(found: dict) -> None:
 
 BENCH_SECONDS = 5.0  # to measure for
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-CPU_FLOPS = {  # torch counts attention on a GPU only
+FLOPS = {  # where torch counts too many (gradients of a depthwise convolution) or none (attention on a CPU)
+    torch.ops.aten.convolution_backward: lambda grad, x, w, *rest, **_: (
+        2 * math.prod(grad) * math.prod(w[1:]) * sum(rest[-1][:2])
+    ),
     getattr(torch.ops.aten, ATTENTION): lambda *s, **_: sdpa_flop_count(*s[:3]),  # of the tensors' shapes
     getattr(torch.ops.aten, f"{ATTENTION}_backward"): lambda *s, **_: sdpa_backward_flop_count(*s[:4]),
 }
-
-
-def wait_for(device: torch.device) -> float:
-    """The time at which the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-    return time.perf_counter()
 
 
 def product_speed(cfg: Config, device: torch.device) -> float:
@@ -3270,17 +3290,20 @@ def product_speed(cfg: Config, device: torch.device) -> float:
         began = wait_for(device)
         a @ a
         times.append(wait_for(device) - began)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     return processes()[1] * 2 * n**3 / min(times)
 
 
 def training_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
     """Examples and applications of the net to a batch, a second; FLOPs of an update, counted by shape."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         train(replace(cfg, compile=False), data, lambda at, loss, model: "one" * at.steps_done)
     marks = []
 
-    def watch(at, loss, model):  # from update 5 on, when caches are warm and all is compiled
-        if at.steps_done == 5 or marks and largest(time.perf_counter() - marks[0][0]) > BENCH_SECONDS:
+    def watch(at, loss, model):  # from update 10 on, when caches are warm and all is compiled
+        known = at.steps_done >= 10 and not (cfg.act and at.steps_done % 10)  # see `Episodes.progress`
+        if known and (not marks or largest(time.perf_counter() - marks[0][0]) > BENCH_SECONDS):
             marks.append((wait_for(device), at))
         return "enough" * (len(marks) == 2)
 
@@ -3296,7 +3319,7 @@ def evaluation_speed(cfg: Config, data: Puzzles, device: torch.device) -> dict:
     model, N = compiled(LoopedModel(cfg).to(device)), processes()[1]
     batch = at_once(model, data.x.shape[1], 256)
     x, calls = data.x[torch.arange(N * batch, device=device) % len(data)], 0
-    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         answer(LoopedModel(cfg).to(device), x)
     answer(model, x)
     before, began = model.forward_passes, wait_for(device)

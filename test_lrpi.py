@@ -2783,6 +2783,17 @@ def test_bench_counts_what_the_shapes_say(tmp_path, monkeypatch, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"bench.json"} and "training" in capsys.readouterr().out
 
 
+def test_bench_counts_alike_whatever_computes_the_gradient_of_the_convolution(tmp_path, monkeypatch):
+    """By hand in fp32, by torch in bf16: the shapes are the same, and so are FLOPs a pass, to 5%."""
+    monkeypatch.setattr(lrpi, "BENCH_SECONDS", 0.2)
+    given, per_pass = ["--size=7", "--width=16", "--ffn=32", "--kernel=5", f"--out={tmp_path}", "--bench"], []
+    for precision in ("fp32", "bf16"):
+        assert lrpi.main([*given, "--precision", precision]) == 0
+        found = json.loads((tmp_path / "bench.json").read_text())["training"]
+        per_pass.append(found["flops_per_second"] / found["passes_per_second"])
+    assert per_pass[0] == pytest.approx(per_pass[1], rel=0.05)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Going on after an interruption
 
