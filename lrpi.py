@@ -2738,6 +2738,7 @@ def save_checkpoint(path: Path, model: LoopedModel, facts: dict) -> None:
 
 
 def write_whole(path: Path, content: dict) -> None:
+    """torch.save `content` to `path`, or leave what is there: first to memory, then beside, then renamed."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(path) as beside:
@@ -2966,7 +2967,7 @@ def joined_processes():
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if processes()[0] else sys.stdout):
             yield
     finally:
-        gc.collect()  # DDP is part of cycles; what is left of it must not outlive the group, whose threads it uses
+        gc.collect()  # DDP is part of cycles; none of it must outlive the group, whose threads it uses
         dist.destroy_process_group()
 
 
@@ -3346,6 +3347,7 @@ def speeds(examples: float, passes: int, flops: int, seconds: float, device: tor
 
 
 def print_speeds(found: dict) -> None:
+    """What `bench` found, a line each for training and evaluation."""
     product = found["product_flops_per_second"]
     print(f"{found['processes']} x {found['device']}: a matrix product makes {product / 1e9:.0f} GFLOP/s\n")
     print(f"{'':10}  examples/s  passes/s   GFLOP/s  of a product  peak MB")
@@ -3383,7 +3385,7 @@ COMMANDS = ("eval", "compare", "seeds", "solve", "checkpoint", "resume", "bench"
 
 
 def run(given: dict, started: float, interrupts: list) -> int:
-    """Train a model or load one; diagnose it, draw and write what was found. Returns the exit code."""
+    """Do what one of the COMMANDS asks for; without any, train a model and report on it. The exit code."""
     checkpoint, arms, seeds, puzzles, by, resume, benches = (given.pop(name) for name in COMMANDS)
     modes = {"--solve": puzzles, "--eval": checkpoint, "--compare": arms}
     modes |= {"--resume": resume or None, "--bench": benches or None}
@@ -3403,10 +3405,15 @@ def run(given: dict, started: float, interrupts: list) -> int:
     if arms is not None:
         return compare(given, arms, seeds or "1", interrupts)
     model, facts, out = obtain(given, checkpoint, resume, interrupts)
-    fresh = checkpoint is None
+    lost = report(model, facts, out, checkpoint is None, started) and facts["stopped"] and checkpoint is None
+    return 130 if interrupts else 2 if lost else 0
+
+
+def report(model: LoopedModel, facts: dict, out: Path, fresh: bool, started: float) -> bool:
+    """Diagnose a model, `fresh` from training or loaded; print, draw and write what was found, if anything."""
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
     if TASKS[cfg.task].finish and not TASKS[cfg.task].finish(model, out):
-        return 130 if interrupts else 0
+        return False
     test = make(cfg, cfg.test_size, "test").to(model.y0.device)
     valid = make(cfg, min(cfg.test_size, VALID_SIZE), "valid", 1).to(model.y0.device)
     found = diagnose(model, test, valid)
@@ -3423,7 +3430,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
     if found["label"] != found["exact"]:
         print(f"{found['label'][-1]:.1%} are the label, cell by cell; others are right as well")
     if processes()[0]:
-        return 0
+        return True
     drawn = draw_all(model, test, found, longer, out) if cfg.figures else []
     written = ["model.pt"] * fresh + ["metrics.json", *drawn]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
@@ -3433,7 +3440,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
     with replacing(out / "metrics.json") as beside:
         beside.write_text(json.dumps(readable(metrics), indent=1))
     print(f"{metrics['total_seconds']:.0f} s in all; wrote {', '.join(written)}")
-    return 130 if interrupts else 2 if facts["stopped"] and fresh else 0
+    return True
 
 
 def main(argv=None, started: float | None = None) -> int:
