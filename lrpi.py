@@ -41,7 +41,7 @@ THE COMMANDS
   python lrpi.py --task arc --data DIR          ARC-AGI; also for sudoku and maze: train.csv and test.csv
   python lrpi.py --preset paper-medium          the sizes and rates of a published model; also: trm
   python lrpi.py --resume                       go on where the same command was stopped
-  python lrpi.py --bench                        how fast it is here; --device, --precision, --compile: on a GPU
+  python lrpi.py --bench                        how fast it is here; see --device, --precision, --compile
   torchrun --nproc_per_node=2 lrpi.py           the same in two processes; goes with all of these
   python lrpi.py --help                         every option, its meaning and its range
 
@@ -93,11 +93,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # ------------------------------------------------------------------------------------------------------------
 # §1  Configuration: every number that a run depends on, and the training schemes as data
@@ -303,9 +299,7 @@ class Puzzles:
     x: torch.Tensor  # [N, L] uint8, the question
     y: torch.Tensor  # [N, L] uint8, the solution y*
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
-    order: (
-        torch.Tensor
-    )  # [N, L] int16 or uint8, the round in which a cell got its final value; 0: it never changed
+    order: torch.Tensor  # [N, L] whole numbers, the round that gave a cell its final value; 0: never changed
     plan: torch.Tensor | None = None  # [N, S, L] uint8, answers on somebody else's way to y
 
     def __post_init__(self):
@@ -714,9 +708,14 @@ class Identifiers(nn.Module):
         return self.used[1]
 
 
+def powers(P: int, device) -> torch.Tensor:
+    """What each of P decimal digits stands for [P]: .., 100, 10, 1."""
+    return 10 ** torch.arange(P - 1, -1, -1, device=device)
+
+
 def spelt(digits: torch.Tensor) -> torch.Tensor:
     """The numbers [B] that these decimal digits [B, P] spell."""
-    return (digits.long() * 10 ** torch.arange(digits.shape[1] - 1, -1, -1, device=digits.device)).sum(1)
+    return (digits.long() * powers(digits.shape[1], digits.device)).sum(1)
 
 
 class LoopedModel(nn.Module):
@@ -1219,6 +1218,11 @@ class Episodes:
             setattr(self, name, mine(state[name]).to(self.seen.device))
 
 
+def looks(share: float) -> int:
+    """How often progress has been looked at by this share of a training: 200 times in all."""
+    return min(200, int(200 * share + 1e-6))
+
+
 class Progress(NamedTuple):
     """How far a training is."""
 
@@ -1270,6 +1274,7 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=Non
     kept = copy.deepcopy(model) if cfg.ema else model
     optimizers, batch, phi = make_optimizers(model, cfg), Episodes(cfg, data, model), TARGETS[cfg.target]
     at = keep.begin({"model": model, "kept": kept, "batch": batch}, optimizers) if keep else Progress()
+    averaged, weights = [*kept.parameters()], [*model.parameters()]
     net, stopped = parallel(model), watch(at, None, kept)
 
     while at.share < 1 and not stopped:
@@ -1291,13 +1296,12 @@ def train(cfg: Config, data: Puzzles, watch=lambda at, loss, model: "", keep=Non
         cosine = 0.5 + 0.5 * math.cos(math.pi * at.share) if cfg.cosine else 1.0
         update(optimizers, warm * cosine)
         if cfg.ema:
-            average = get_ema_multi_avg_fn(cfg.ema if step > 1 else 0.0)  # it begins as a copy
-            average([*kept.parameters()], [*model.parameters()], step)
+            get_ema_multi_avg_fn(cfg.ema if step > 1 else 0.0)(averaged, weights, step)  # begins as a copy
         batch.y, batch.z, batch.done = y.detach(), z.detach(), done  # no gradient crosses steps
 
         seconds = at.train_seconds + time.perf_counter() - began
         now = batch.progress(at, largest(seconds) if cfg.budget_seconds else seconds)
-        if int(200 * now.share) > int(200 * at.share):  # `Watch` waits for a GPU now: let it count
+        if looks(now.share) > looks(at.share):  # `Watch` waits for a GPU now: let it count
             now = now._replace(train_seconds=at.train_seconds + wait_for(data.x.device) - began)
         at = now
         stopped = watch(at, loss.detach(), kept)
@@ -2247,8 +2251,7 @@ def arc_size(folder: str, views: int) -> dict:
 
 def spell(numbers: torch.Tensor) -> torch.Tensor:
     """The decimal digits [N, PREFIX] uint8 of numbers [N]: what `spelt` reads."""
-    powers = 10 ** torch.arange(PREFIX - 1, -1, -1, device=numbers.device)
-    return (numbers[:, None] // powers % 10).to(torch.uint8)
+    return (numbers[:, None] // powers(PREFIX, numbers.device) % 10).to(torch.uint8)
 
 
 def arc_puzzles(pairs: list) -> Puzzles:
@@ -2333,10 +2336,9 @@ def make_arc(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles | Vi
         pairs = [pairs[i] for i in sorted(some)]
     if not pairs:
         raise UserError(f"--data {cfg.data}: no outputs are known for {split}")
-    view, tables = arc_views(cfg)
+    puzzles, (view, tables) = arc_puzzles(pairs), arc_views(cfg)
     if split == "train":
-        return Views(arc_puzzles(pairs), view, tables, cfg.views)
-    puzzles = arc_puzzles(pairs)
+        return Views(puzzles, view, tables, cfg.views)
     none = torch.zeros(len(puzzles), dtype=torch.long)
     return view(puzzles, *tables, none, none.float())
 
@@ -2987,7 +2989,7 @@ class Watch:
 
     def __call__(self, at: Progress, loss: torch.Tensor | None, model: LoopedModel) -> str:
         self.losses += [] if loss is None else [loss]
-        look = min(200, int(200 * at.share + 1e-6))
+        look = looks(at.share)
         alone = processes()[1] == 1  # several must hear of an interrupt at the same step
         if look == self.looked and loss is not None and not (self.interrupts and alone):
             return ""
@@ -3410,7 +3412,7 @@ def run(given: dict, started: float, interrupts: list) -> int:
 
 
 def report(model: LoopedModel, facts: dict, out: Path, fresh: bool, started: float) -> bool:
-    """Diagnose a model, `fresh` from training or loaded; print, draw and write what was found, if anything."""
+    """Diagnose a model, `fresh` from training or loaded; print, draw and write what was found, if any was."""
     cfg, params, make = model.cfg, sum(p.numel() for p in model.parameters()), TASKS[model.cfg.task].make
     if TASKS[cfg.task].finish and not TASKS[cfg.task].finish(model, out):
         return False
