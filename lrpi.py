@@ -64,7 +64,7 @@ class ModelConfig:
 
     vocab: int = 5  # V, number of tokens
     shape: tuple = (11, 11)  # H, W: rows and columns of the puzzle; L = H W
-    mixer: str = "conv"  # how cells exchange information
+    mixer: str = "conv"  # how cells exchange information; mlp works at one grid size only
     width: int = 64  # D, channels per cell [4, 8192]
     layers: int = 1  # blocks in the shared net [1, 100]
     ffn: int = 128  # inner width of SwiGLU; 0: as in TRM, 8 D / 3 rounded up to a multiple of 256 [0, 65536]
@@ -85,6 +85,11 @@ def lecun_(weight: torch.Tensor) -> torch.Tensor:
     """Fill with a truncated normal of std 1 / sqrt(fan-in); 0.8796 makes up for the cut tails."""
     std = weight[0].numel() ** -0.5 / 0.87962566
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def rms_norm(h: torch.Tensor) -> torch.Tensor:
+    """Scale h to mean square 1 along the last axis; F.rms_norm would round otherwise than TRM's code does."""
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
 
 
 def log_stable(v: torch.Tensor) -> torch.Tensor:
@@ -135,7 +140,6 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-# each maps [B, L, D] to [B, L, D], but mlp, TRM's for sudoku, [B, D, L] to [B, D, L], at one grid size only
 MIXERS = {"conv": SeparableConv, "attention": Attention, "mlp": lambda cfg: SwiGLU(math.prod(cfg.shape))}
 
 
@@ -145,13 +149,13 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.mix, self.swiglu = MIXERS[cfg.mixer](cfg), SwiGLU(cfg.width, cfg.ffn)
-        self.across = cfg.mixer == "mlp"  # mix, and as in TRM's code also normalise, along the cells
+        self.across = cfg.mixer == "mlp"  # mixes, and as in TRM's code also normalises, [B, D, L]
 
     def forward(self, h):  # [B, L, D]
         h = h.mT if self.across else h
-        h = F.rms_norm(h + self.mix(h), h.shape[-1:], eps=1e-5)
+        h = rms_norm(h + self.mix(h))
         h = h.mT if self.across else h
-        return F.rms_norm(h + self.swiglu(h), h.shape[-1:], eps=1e-5)
+        return rms_norm(h + self.swiglu(h))
 
 
 class LoopedModel(nn.Module):
@@ -251,10 +255,10 @@ def best_guidance(logits_u, logits_c, y) -> float:
     inf (-inf): more (less) is better everywhere. nan: the step is mere rounding. Labels below 0 are ignored.
     Raises `ValueError` unless the logits [.., V] are finite and the labels y [..] integers below V.
     """
-    if logits_u.shape != logits_c.shape or y.shape != logits_u.shape[:-1] or y.is_floating_point():
-        raise ValueError(f"logits {[*logits_u.shape]}, {[*logits_c.shape]}, labels {[*y.shape]}: no match")
-    if not (logits_u.isfinite() & logits_c.isfinite()).all() or (y >= logits_u.shape[-1]).any():
-        raise ValueError(f"logits must be finite, and labels below {logits_u.shape[-1]}")
+    shapes, V = [tuple(t.shape) for t in (logits_u, logits_c, y)], logits_u.shape[-1]
+    good = shapes == [(*shapes[2], V)] * 2 + shapes[2:] and not (y.is_floating_point() or (y >= V).any())
+    if not (good and (logits_u.isfinite() & logits_c.isfinite()).all()):
+        raise ValueError(f"logits and labels {shapes}: must be finite [.., V] and whole numbers [..] below V")
     eps = max(torch.finfo(logits.dtype).eps for logits in (logits_u, logits_c))
     l_u, l_c, y = logits_u[y >= 0].cpu().double(), logits_c[y >= 0].cpu().double(), y[y >= 0].cpu().long()
     delta = l_c - l_u - (l_c - l_u).gather(-1, y[:, None])  # 0 at y
@@ -277,10 +281,9 @@ def best_guidance(logits_u, logits_c, y) -> float:
 
 # ------------------------------------------------------------------------------------------------------------
 # §3  Targets (paper section 5): Φ gives every step s its own target y†_s, and the last one is y*.
-# Each is a function of puzzles (x, y*, draft, order: tokens [B, L]), steps s [B], noise u [B, 2, L] in [0, 1)
-# that stays the same for a whole rollout, and cfg with n_sup, power, pace and vocab. If targets approach y*
-# and a model of sufficient capacity fits them exactly, every step leaves fewer wrong cells and its expected
-# margin is positive (Prop. A.3).
+# Each is a function of puzzles (x, y*, draft, order: [B, L]), steps s [B], noise u [B, 2, L] in [0, 1), fixed
+# for a rollout, and cfg. If targets approach y* and a model of sufficient capacity fits them exactly, every
+# step leaves fewer wrong cells and its expected margin is positive (Prop. A.3).
 
 
 def share(s: torch.Tensor, cfg) -> torch.Tensor:
@@ -290,8 +293,7 @@ def share(s: torch.Tensor, cfg) -> torch.Tensor:
 
 def final(puzzles, s, u, cfg) -> torch.Tensor:
     """y†_s = y* at every step, as in TRM."""
-    x, y, *_ = puzzles
-    return y
+    return [*puzzles][1]
 
 
 def reveal(puzzles, s, u, cfg) -> torch.Tensor:
@@ -389,13 +391,13 @@ def refill(run: SimpleNamespace, data) -> list:
     return [torch.where(run.done.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in pairs]
 
 
-def train(model, data, cfg: TrainConfig, callback=None, average=None, resume=None) -> LoopedModel:
+def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: None, resume=None):
     """Train `model` in place on `data`; returns the model with averaged weights.
 
     data[rows [B]] gives (x, y*, ..) [B, L] on the model's device, as TensorDataset does (edits: `Puzzles`).
         for x, y* in batches:  y, z <- y0, z0;  for s = 1 .. N_sup:  y, z <- step s;  loss; update; detach
     Each row counts its own steps, as `act` ends rollouts early. callback(run, loss) may return True to stop;
-    loss is None but 200 times. average(tensors): in place, over processes. resume(run) restores the state.
+    loss is None but 200 times. average(grads): in place, over processes. resume(run) restores the state.
     """
     s = torch.zeros(cfg.batch_size, dtype=torch.long, device=model.y0.device)  # [B]
     rows = [*data[s], s, model.y0.new_zeros(len(s), 2, math.prod(model.cfg.shape)), *model.start(len(s))]
@@ -419,8 +421,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=None, resume=Non
 
         run.optimizer.zero_grad()
         loss.backward()
-        if average:
-            average([p.grad for p in model.parameters() if p.grad is not None])
+        average([p.grad for p in model.parameters() if p.grad is not None])
         warm, cosine = min(1, run.step / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * run.share)
         run.optimizer.param_groups[0]["lr"] = cfg.lr * warm * (cosine if cfg.cosine else 1)
         run.optimizer.step()
@@ -435,9 +436,6 @@ def train(model, data, cfg: TrainConfig, callback=None, average=None, resume=Non
         value, run.seconds = loss.item() if look else None, time.perf_counter() - began
         if callback and callback(run, value):
             run.share = math.inf
-        if average:  # all processes end together
-            average([mean := torch.tensor(run.share, dtype=torch.float64)])
-            run.share = mean.item()
     return run.averaged.module
 
 
@@ -473,8 +471,8 @@ class Puzzles:
 def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform spanning trees of the side x side grid: each room's parent [count, side²], the root its own.
 
-    Wilson's algorithm as cycle popping (Propp & Wilson 1998), on all trees at once: every room points at a
-    random neighbour, and rooms on a cycle of pointers draw again until none is left, in whatever order.
+    Wilson's algorithm as cycle popping (Propp & Wilson 1998): every room points at a random neighbour, and
+    rooms on a cycle of pointers draw again, until none is left.
     """
     room, root = torch.arange(side * side), side * side // 2
     exists = torch.stack([room >= side, room < side * (side - 1), room % side > 0, (room + 1) % side > 0], 1)
@@ -551,17 +549,13 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 def draw_split(count: int, size: int, split: str, draw, key=lambda cells: cells) -> torch.Tensor:
-    """`count` of the grids that draw(n) [n, L] makes, all from one of the SPLITS: [count, L].
-
-    A fingerprint of key(grids) [n, L] alone decides, the same in all 8 symmetric views of a grid and whatever
-    the seeds and counts: each cell has a random weight, another one in each view.
-    """
+    """`count` of the grids that draw(n) [n, L] makes, of a split by a fingerprint of key(grids): [count, L]."""
     table = torch.randint(-(2**63), 2**63 - 1, (size, size), generator=torch.Generator().manual_seed(0))
     views = torch.stack([t.rot90(k).flatten() for t in (table, table.T) for k in range(4)], 1)  # [L, 8]
     found = []
     while sum(map(len, found)) < count:
         cells = draw(min(64 << len(found), 2**21 // size**2))
-        fingerprint = (key(cells).long() @ views).amin(1)
+        fingerprint = (key(cells).long() @ views).amin(1)  # the same in all 8 symmetric views of a grid
         found.append(cells[torch.isin(fingerprint % 4, torch.tensor(SPLITS[split]))])
     return torch.cat(found)[:count]
 
@@ -597,14 +591,11 @@ def rollout(model: LoopedModel, x: torch.Tensor, steps=None, stop=None):
         yield (step := Step(rows, logits_u, logits_c, y))
         stays = ~stop(model, step) if stop else slice(None)  # the others cost nothing from now on
         rows, x, y, z, logits_c = (t[stays] for t in (rows, x, y, z, logits_c))
-        if not len(rows):
-            return
 
 
 def batches(x: torch.Tensor):
     """Row numbers of x [N, L] in batches: of 12,000 cells on a CPU, where they stay in its cache."""
-    cells = 12_000 if x.device.type == "cpu" else 1_000_000
-    return torch.arange(len(x), device=x.device).split(max(1, cells // x.shape[1]))
+    return torch.arange(len(x), device=x.device).split(max(1, (10**6 if x.is_cuda else 12_000) // x.shape[1]))
 
 
 def answer(model: LoopedModel, x: torch.Tensor, steps=None, stop=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -667,9 +658,8 @@ def intervals(values: torch.Tensor, resamples: int = 4000) -> list:
 def evaluate(model: LoopedModel, puzzles, solved=None, steps=None, ws=None, scores=HALTS) -> dict:
     """Means {name: [S]} of `measure`, intervals of gain and margin, and the "passes" of a puzzle.
 
-    "each" holds the measures of every puzzle {name: [N, S, ..]}. `puzzles` unpacks to (x, y*, ..); solved(x,
-    answer) [B] checks answers (default: equality with y*); `ws` [S][..]: guidance weights to try; `scores`:
-    more measures {name: score(model, step) [B, ..]}.
+    "each": the measures of every puzzle {name: [N, S, ..]}. `puzzles` unpacks to (x, y*, ..); solved(x,
+    answer) [B]: equality with y* by default; `ws` [S][..]: guidance weights; `scores`: measures, as HALTS.
     """
     (x, y_star, *_), before, chunks = puzzles, model.forward_passes, []
     asked, solved = (x, solved) if solved else (y_star, lambda y, said: (said == y).all(1))
@@ -684,9 +674,9 @@ def evaluate(model: LoopedModel, puzzles, solved=None, steps=None, ws=None, scor
 
 
 def halting_curve(scores: torch.Tensor, solved: torch.Tensor, loss: float = 0.003) -> dict:
-    """Mean "steps" and share "exact" for many thresholds on the scores [N, S], with solved [N, S].
+    """Mean "steps" and share "exact" for 202 thresholds on the scores [N, S], with solved [N, S].
 
-    "threshold" is the one with the fewest steps that costs at most the share `loss` of the puzzles.
+    "threshold": the one with the fewest steps among those that cost at most the share `loss`.
     """
     levels = scores.flatten().double().quantile(torch.linspace(0, 1, 201).double())
     levels = F.pad(levels, (1, 0), value=-math.inf)
@@ -710,11 +700,10 @@ def calibrate(model: LoopedModel, valid, solved=None, steps=None) -> dict:
 def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     """Which steps work: `evaluate` on `test`, with what `calibrate` chose on `valid`, and
 
-    "verdict" [S]: improves, dead or harms, as the interval of the gain in log pi(y*) is above 0, holds 0 or
-    is below; "step_size" [S]: too timid or overshoots where the interval of the margin and w* agree;
-    "guided_exact", "guided_logp" [S][ws]: under the weights "ws" and, last, the step's own w*, kept within
-    `ws`; "halting": {rule: "exact", mean "passes"}, puzzles leaving the batch; "cut": how many answers
-    change, are won and lost without the dead steps.
+    "verdict" [S]: improves, dead or harms, as the interval of the gain is above 0, holds 0 or is below;
+    "step_size" [S]: too timid or overshoots, where the interval of the margin and w* agree; "guided_exact",
+    "guided_logp" [S][ws]: under the weights "ws" and, last, w* (within `ws`); "halting": {rule: "exact", mean
+    "passes"}, puzzles leaving the batch; "cut": answers changed, won and lost without the dead steps.
     """
     steps = steps or range(1, model.cfg.n_sup + 1)
     chosen, verdict, size = calibrate(model, valid, solved, steps), [], []
@@ -743,14 +732,6 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
         counts = {"changed": (full != cut).any(1), "lost": before & ~after, "won": after & ~before}
         found["cut"] = {name: rows.sum().item() for name, rows in counts.items()}
     return found | {"verdict": verdict, "step_size": size, "summary": summary, "halting": halting}
-
-
-def resized(model: LoopedModel, shape: tuple[int, int]) -> LoopedModel:
-    """The same weights for puzzles of another shape (rows, columns). Not for the mlp mixer."""
-    other = LoopedModel(model.cfg, shape=tuple(shape)).to(model.y0.device)
-    other.load_state_dict(model.state_dict())
-    other.bf16 = model.bf16
-    return other
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1053,7 +1034,7 @@ def boards(text: str, task: Task) -> list:
     """
     decoration, rows = " \t|" if task.glyphs else "", []
     for n, line in enumerate(text.splitlines(), 1):
-        line = line[:10_000]  # no board is longer
+        line = line[:9_999]  # no board is longer
         row = [(f"line {n}, column {k}", c) for k, c in enumerate(line, 1) if c not in decoration]
         side = math.isqrt(len(row))
         if decoration and len(row) > max(task.sizes) and side**2 == len(row):
@@ -1407,9 +1388,17 @@ def restore(run: SimpleNamespace, content: dict) -> None:
 
 def average(tensors: list) -> None:
     """Replace tensors by their means over all processes."""
-    for t in tensors:
+    for t in tensors if RANKS > 1 else ():
         dist.all_reduce(t)
         t /= RANKS
+
+
+def resized(model: LoopedModel, shape: tuple[int, int]) -> LoopedModel:
+    """The same weights for puzzles of another shape (rows, columns). Not for the mlp mixer."""
+    other = LoopedModel(model.cfg, shape=tuple(shape)).to(model.y0.device)
+    other.load_state_dict(model.state_dict())
+    other.bf16 = model.bf16
+    return other
 
 
 def place(model: LoopedModel) -> LoopedModel:
@@ -1438,9 +1427,11 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
         some = task.make(pick * min(chunk, count - done), cfg.size, split, seed + (k << 40), **given)
         length = (some.x != some.y).sum(1).view(-1, pick)  # long solutions are rare and learned last
         parts.append(some[length.argmax(1) + pick * torch.arange(len(length))])
-        if time.monotonic() - began > 2:
-            end = "\r" if done + chunk < count else "\r\033[K"
-            print(f"making {count} puzzles: {done / count:.0%}", end=end, file=sys.stderr, flush=True)
+        if time.monotonic() - began > 2 and done + chunk < count:
+            end = "\r" if sys.stderr.isatty() else "\n"
+            print(
+                f"making {count} puzzles: {(done + chunk) / count:.0%}", end=end, file=sys.stderr, flush=True
+            )
     return Puzzles(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
 
@@ -1462,7 +1453,10 @@ class Watch:
             except OSError as e:
                 print(f"\nlrpi: {self.path}: {e.strerror}; not saved, training goes on", file=sys.stderr)
                 self.failed = True
-        return bool(self.interrupts)
+        ends = torch.tensor([run.share, bool(self.interrupts)], dtype=torch.double)
+        average([ends])  # all processes end together
+        run.share, stop = ends.tolist()
+        return stop > 0
 
     def show(self, run: SimpleNamespace, loss: float) -> None:
         """Facts, curve, and the progress line: rewritten on a terminal, elsewhere printed ten times."""
@@ -1508,7 +1502,7 @@ def fit(cfg: Config, interrupts: list, path: Path | None = None, resume: bool = 
             watch.curve = [{**at, "exact": float(at["exact"])} for at in plain]
 
     local = replace(cfg, batch_size=cfg.batch_size // RANKS, examples=-(-cfg.examples // RANKS))
-    model = train(model, data, local, watch, average if RANKS > 1 else None, resuming if resume else None)
+    model = train(model, data, local, watch, average, resuming if resume else None)
     return place(model), {**watch.facts, "curve": watch.curve}, watch.failed
 
 
