@@ -549,7 +549,7 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 def draw_split(count: int, size: int, split: str, draw, key=lambda cells: cells) -> torch.Tensor:
-    """`count` of the grids that draw(n) [n, L] makes, of a split by a fingerprint of key(grids): [count, L]."""
+    """`count` grids [count, L] of those that draw(n) makes; a fingerprint of key(grids) decides the split."""
     table = torch.randint(-(2**63), 2**63 - 1, (size, size), generator=torch.Generator().manual_seed(0))
     views = torch.stack([t.rot90(k).flatten() for t in (table, table.T) for k in range(4)], 1)  # [L, 8]
     found = []
@@ -891,7 +891,7 @@ def reading(path, what: str):
 
 def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0, blanks: int = 0) -> Puzzles:
     """`count` sudokus with 1 to `blanks` empty cells (0: half of all). The solution decides the split."""
-    generator = torch.Generator().manual_seed(seed + 2**32 * list(SPLITS).index(split))
+    generator = torch.Generator().manual_seed(seed)
     y = draw_split(count, size, split, lambda n: sudoku_grids(n, size, generator))
     return solve_sudokus(dig(y, blanks or size**2 // 2, generator), y)
 
@@ -973,15 +973,30 @@ class Task(NamedTuple):
 TASKS = {
     "maze": Task(),
     "sudoku": Task(
-        *(make_sudokus, solve_sudokus, sudoku_solved),
-        *(lambda x: other_solutions(x.flatten(1), 0 * x.flatten(1), rounds=100).any(), sudoku_views),
-        *(tuple(BOXES), lambda size: ".123456789"[: size + 1], "0.", {"blank": "white", "digit": "#f4f1ea"}),
-        *(" 123456789", ("blanks",), BOARD | {"size": 9, "pace": 1}),
+        make=make_sudokus,
+        solve=solve_sudokus,
+        solved=sudoku_solved,
+        solvable=lambda x: other_solutions(x.flatten(1), 0 * x.flatten(1), rounds=100).any(),
+        views=sudoku_views,
+        sizes=tuple(BOXES),
+        letters=lambda size: ".123456789"[: size + 1],
+        alias="0.",
+        colours={"blank": "white", "digit": "#f4f1ea"},
+        glyphs=" 123456789",
+        options=("blanks",),
+        defaults=BOARD | {"size": 9, "pace": 1},
     ),
     "nqueens": Task(
-        *(make_queens, solve_queens, queens_solved, lambda x: solve_queens(x.flatten(1)).y.any(), grid_views),
-        *(range(5, 11), lambda size: ".Q", "♛Q", {"empty": "#f4f1ea", "queen": COLOURS[5]}, " ♛"),
-        *((), BOARD | {"size": 8, "pace": 2, "train_size": 7200}),
+        make=make_queens,
+        solve=solve_queens,
+        solved=queens_solved,
+        solvable=lambda x: solve_queens(x.flatten(1)).y.any(),
+        sizes=range(5, 11),
+        letters=lambda size: ".Q",
+        alias="♛Q",
+        colours={"empty": "#f4f1ea", "queen": COLOURS[5]},
+        glyphs=" ♛",
+        defaults=BOARD | {"size": 8, "pace": 2, "train_size": 7200},
     ),
 }
 
@@ -1424,7 +1439,8 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
     pick, chunk = cfg.pick if split == "train" else 1, max(1, 240_000 // cfg.size**2)
     given = {name: getattr(cfg, name) for name in task.options}
     for k, done in enumerate(range(0, count, chunk)):
-        some = task.make(pick * min(chunk, count - done), cfg.size, split, seed + (k << 40), **given)
+        draw = (seed + 2654435761 * k) % 2**32  # torch.Generator heeds 32 bits of a seed
+        some = task.make(pick * min(chunk, count - done), cfg.size, split, draw, **given)
         length = (some.x != some.y).sum(1).view(-1, pick)  # long solutions are rare and learned last
         parts.append(some[length.argmax(1) + pick * torch.arange(len(length))])
         if time.monotonic() - began > 2 and done + chunk < count:
