@@ -1090,7 +1090,7 @@ def test_damaged_files_of_its_own(compared, capsys):
         for name, data in before.items():
             (path.parent / name).write_bytes(data)
     content = torch.load("o/model.pt")
-    for key, value in {"n_sup": 10**9, "width": 10**5, "layers": 100, "T": 100, "untied": True}.items():
+    for key, value in {"n_sup": 10**9, "width": 10**5, "layers": 100, "untied": True}.items():
         save(content | {"config": content["config"] | {key: value}}, Path("m.pt"))
         refused(capsys, "--eval m.pt", "m.pt")
     for change in (lambda w: w * math.nan, lambda w: w.long(), lambda w: w[None]):
