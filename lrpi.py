@@ -913,10 +913,10 @@ def make_queens(count: int, size: int = 8, split: str = "train", seed: int = 0) 
 
 
 def solve_queens(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
-    """Boards x [N, L] with their first completions in reading order (all EMPTY if none), a queen a round."""
+    """Boards x [N, L] completed by y, or first in reading order (or EMPTY), a queen a round."""
     every = placements(math.isqrt(x.shape[1]))
     fits, first = (x.float() @ every.T.float() == x.sum(1, keepdim=True)).max(1, keepdim=True)
-    y = every[first[:, 0]] * fits
+    y = every[first[:, 0]] * fits if y is None else y
     return Puzzles(x, y, x, ((y != x).cumsum(1) * (y != x)).to(torch.int16))
 
 
@@ -1049,8 +1049,7 @@ def boards(text: str, task: Task) -> list:
     """
     decoration, rows = " \t|" if task.glyphs else "", []
     for n, line in enumerate(text.splitlines(), 1):
-        line = line[:9_999]  # no board is longer
-        row = [(f"line {n}, column {k}", c) for k, c in enumerate(line, 1) if c not in decoration]
+        row = [(f"line {n}, column {k}", c) for k, c in enumerate(line[:9_999], 1) if c not in decoration]
         side = math.isqrt(len(row))
         if decoration and len(row) > max(task.sizes) and side**2 == len(row):
             rows += [[], *(row[i : i + side] for i in range(0, len(row), side)), []]
@@ -1273,8 +1272,8 @@ OPTIONS = COMMANDS | {  # from the comments beside the fields
     for cls in (ModelConfig, TrainConfig, Config)
     for name, text, low, high in re.findall(FIELD, inspect.getsource(cls), re.M)
 }
-TOGETHER = "seeds with compare, checkpoint with solve, halt without compare, halt without solve, "
-TOGETHER += "size without solve, data without solve"
+WITH = (("seeds", "compare"), ("checkpoint", "solve"))  # the first must go with the second
+WITHOUT = (("halt", "compare"), ("halt", "solve"), ("size", "solve"), ("data", "solve"))
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
@@ -1477,14 +1476,13 @@ class Watch:
     def show(self, run: SimpleNamespace, loss: float) -> None:
         """Facts, curve, and the progress line: rewritten on a terminal, elsewhere printed ten times."""
         cfg, live, seen, took = self.cfg, sys.stdout.isatty(), RANKS * run.seen.item(), run.seconds
-        passes = run.step * cfg.T * (cfg.n + 1)
         if not (math.isfinite(loss) and finite(run.model.parameters())):
             raise UserError(f"the loss is not finite at update {run.step}; --lr {cfg.lr} may be too high")
-        facts = {"steps_done": run.step, "examples_seen": seen, "train_passes": passes, "train_seconds": took}
-        self.facts = facts
+        self.facts = {"steps_done": run.step, "examples_seen": seen}
+        self.facts |= {"train_passes": run.step * cfg.T * (cfg.n + 1), "train_seconds": took}
         if tenth := int(10 * run.share + 1e-6) > len(self.curve):
             solved = TASKS[cfg.task].solved(self.valid.x, answer(run.averaged.module, self.valid.x)[0])
-            self.curve.append({**facts, "exact": solved.double().mean().item()})
+            self.curve.append({**self.facts, "exact": solved.double().mean().item()})
         if tenth or live:
             share = min(1, run.share)
             known = f"  validation solved {self.curve[-1]['exact']:.1%}" if self.curve else ""
@@ -1642,7 +1640,9 @@ def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
             runs[path] = run = json.loads(path.read_text())
             unchanged(run["config"], asdict(todo[path]), (*ELSEWHERE, "shape"))
             numbers = [at[key] for at in run["curve"] for key in ("exact", *spent)]
-            torch.tensor([*numbers, run["exact"][-1], *(run[key] for key in ("passes", "params", *spent))])
+            numbers += [run["exact"][-1], *(run[key] for key in ("passes", "params", *spent))]
+            if not finite([torch.tensor(numbers)]):
+                raise UserError("numbers that are not finite")
     for i, (path, cfg) in enumerate(todo.items(), 1):
         print(f"\n{path.stem}, run {i} of {len(todo)}" + ", is there already" * (path in runs))
         runs[path] = runs[path] if path in runs else run_arm(cfg, path, interrupts)
@@ -1730,9 +1730,10 @@ def parse(argv) -> dict:
 
 def run(given: dict, started: float, interrupts: list) -> int:
     """Do what one of the COMMANDS asks for; without any, train a model and report on it. The exit code."""
-    for name, how, other in map(str.split, TOGETHER.split(",")):
-        if name in given and (other in given) != (how == "with"):
-            raise UserError(f"{flag(name)} {quoted(given[name])}: must go {how} {flag(other)}")
+    for name, other in WITH + WITHOUT:
+        if name in given and (other in given) != ((name, other) in WITH):
+            how = f"with{'out' * (other in given)} {flag(other)}"
+            raise UserError(f"{flag(name)} {quoted(given[name])}: must go {how}")
     asked = {name: given.pop(name) for name in COMMANDS if name in given}
     if given.get("figures", True):
         import matplotlib
