@@ -39,6 +39,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections.abc import Callable
@@ -266,17 +267,12 @@ def best_guidance(logits_u, logits_c, y) -> float:
     rises, falls = (delta < -rounding).any(), (delta > rounding).any()  # pi_w(y), as w goes to inf and -inf
     if not (rises and falls):
         return math.inf if rises else -math.inf if falls else math.nan
-    w, step, low, high = 0.5, 0.5, -math.inf, math.inf  # Newton's method, safeguarded by bisection
-    while abs(step) > 1e-12 * max(1.0, abs(w)):
-        w += step
-        slope, curvature = (d.sum().item() for d in derivatives(l_u, l_c, y, w))
-        low, high = (w, high) if slope < 0 else (low, w)
-        last, step = step, -slope / max(curvature, 1e-300)
-        if slope and high - low == math.inf:  # no bracket yet: double the step, as the tails of L are flat
-            step = math.copysign(2 * last, -slope)
-        elif not (low <= w + step <= high and abs(step) < abs(last) / 2):  # a Newton step must at least halve
-            step = (low + high) / 2 - w
-    return w
+    low, high = -math.pi / 2, math.pi / 2  # bisection in atan(w): all real w; L is convex
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = margin(l_u, l_c, y, math.tan(middle)).sum() < 0
+        low, high = (low, middle) if rising else (middle, high)
+    return math.tan(middle)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -334,7 +330,7 @@ class TrainConfig(ModelConfig):
     """What training needs beside the model's sizes. The defaults are the scheme `dis`."""
 
     target: str = "edits"  # the target of each step
-    pace: int = 8  # target edits: rounds of the solver per step [1, 10000]
+    pace: int = 7  # target edits: rounds of the solver per step [1, 10000]
     power: float = 0.3  # targets reveal, mask, replace: step s shows the share (s / n-sup)^power [0.01, 10]
     linear: bool = False  # weight the loss of step s by s instead of equally
     hinge: float = 0.0  # weight of the loss on negative advantage margins [0, 1000]
@@ -343,6 +339,7 @@ class TrainConfig(ModelConfig):
     examples: int = 10000  # training puzzles seen, counting repetitions [1, 1e10]
     budget_seconds: float = 0.0  # train for this time instead of --examples; 0: off [0, 1e9]
     batch_size: int = 12  # puzzles in a batch [1, 1e6]
+    linger: float = 0.5  # chance to go on with y* as target after N_sup, at every step [0, 0.99]
     lr: float = 0.01  # peak learning rate of AdamW [1e-9, 1000]
     weight_decay: float = 0.0  # decoupled weight decay [0, 10]
     warmup: int = 100  # updates of linear warm-up [0, 1e9]
@@ -350,12 +347,12 @@ class TrainConfig(ModelConfig):
     ema: float = 0.998  # decay of the averaged weights, the result; 0: the last weights [0, 0.999999]
 
 
-TRM = {"target": "final", "recall": False, "noise": 0.0, "act": True, "ema": 0.999, "n_sup": 16}
+TRM = {"target": "final", "recall": False, "noise": 0, "linger": 0, "act": True, "ema": 0.999, "n_sup": 16}
 SCHEMES = {  # what each changes of the defaults; forward passes: N_sup T (n + 1)
     "dis": {},  # 6 * 1 * 3 = 18
     "dis-margin": {"hinge": 1.0},  # 18
     "final": {"target": "final"},  # 18
-    "one-pass": {"target": "final", "n": 17, "n_sup": 1, "untied": True},  # 1 * 1 * 18 = 18
+    "one-pass": {"target": "final", "n": 17, "n_sup": 1, "untied": True, "linger": 0},  # 1 * 1 * 18 = 18
     "trm": {**TRM, "T": 3, "n": 6},  # 16 * 3 * 7 = 336
     "trm-medium": {**TRM, "T": 1, "n": 2},  # 16 * 1 * 3 = 48
 }
@@ -405,6 +402,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
     run.order = torch.randperm(len(data)).to(s.device)
     run.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    length = cfg.n_sup + cfg.linger / (1 - cfg.linger)  # expected steps of a rollout
     if resume:
         resume(run)
     while run.share < 1:
@@ -417,7 +415,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
         logits_c = model.readout(y)  # the conditional policy
         halt_loss, ends = halting_loss(model, y, logits_c, puzzles[1], s) if cfg.act else (0.0, False)
         loss = step_loss(logits_u, logits_c, y_dagger, s, cfg) + halt_loss
-        run.done = (s == cfg.n_sup) | ends
+        run.done = (s >= cfg.n_sup) & (torch.rand(s.shape, device=s.device) >= cfg.linger) | ends
 
         run.optimizer.zero_grad()
         loss.backward()
@@ -429,7 +427,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
         run.rows = [*puzzles, s + 1, u, y.detach(), z.detach()]  # no gradient crosses steps
 
         to_do = torch.where(run.done, 0, 1 - s / cfg.n_sup).sum()  # of the puzzles in the batch
-        finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.step / cfg.n_sup
+        finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.step / length
         spent, before = time.perf_counter() - began, run.share
         run.share = spent / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
         look = int(200 * run.share + 1e-6) > int(200 * before + 1e-6)  # reading the loss makes a GPU wait
@@ -471,8 +469,7 @@ class Puzzles:
 def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform spanning trees of the side x side grid: each room's parent [count, side²], the root its own.
 
-    Wilson's algorithm as cycle popping (Propp & Wilson 1998): every room points at a random neighbour, and
-    rooms on a cycle of pointers draw again, until none is left.
+    Cycle popping (Propp & Wilson 1998): each room points at a random neighbour; those on a cycle draw again.
     """
     room, root = torch.arange(side * side), side * side // 2
     exists = torch.stack([room >= side, room < side * (side - 1), room % side > 0, (room + 1) % side > 0], 1)
@@ -535,7 +532,7 @@ def solve_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     draft, found = (torch.where(marked, PATH, maze).to(torch.uint8) for marked in (way, way & left))
     y = found if y is None else grid(y)
     order = torch.where(y == found, order, order.amax((1, 2), keepdim=True) + 1)
-    return Puzzles(x, *(t.flatten(1) for t in (y, draft, order)))
+    return Puzzles(*(t.flatten(1) for t in (x, y, draft, order)))
 
 
 def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
@@ -554,7 +551,7 @@ def draw_split(count: int, size: int, split: str, draw, key=lambda cells: cells)
     views = torch.stack([t.rot90(k).flatten() for t in (table, table.T) for k in range(4)], 1)  # [L, 8]
     found = []
     while sum(map(len, found)) < count:
-        cells = draw(min(64 << len(found), 2**21 // size**2))
+        cells = draw(min(64 << len(found), 64 + 2 * count, 2**21 // size**2))
         fingerprint = (key(cells).long() @ views).amin(1)  # the same in all 8 symmetric views of a grid
         found.append(cells[torch.isin(fingerprint % 4, torch.tensor(SPLITS[split]))])
     return torch.cat(found)[:count]
@@ -614,6 +611,7 @@ HALTS = {  # scores [B] for early exit: low if the step hardly moved the policy,
     "head": lambda model, step: -model.halting(step.y[:, 0]).squeeze(-1),
 }
 MARGIN_EDGES = [-0.1, -1e-4, 1e-4, 0.1]
+STILL = 1e-4  # nats per cell: a step with a smaller KL does not move the policy
 WS = [w / 4 for w in range(-2, 13)]  # the guidance weights tried at every step: -0.5 to 3
 
 
@@ -700,42 +698,40 @@ def calibrate(model: LoopedModel, valid, solved=None, steps=None) -> dict:
 def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     """Which steps work: `evaluate` on `test`, with what `calibrate` chose on `valid`, and
 
-    "verdict" [S]: improves, dead or harms, as the interval of the gain is above 0, holds 0 or is below;
-    "step_size" [S]: too timid or overshoots, where the interval of the margin and w* agree; "guided_exact",
-    "guided_logp" [S][ws]: under the weights "ws" and, last, w* (within `ws`); "halting": {rule: "exact", mean
-    "passes"}, puzzles leaving the batch; "cut": answers changed, won and lost without the dead steps.
+    "verdict" [S]: improves or harms, as the interval of the gain lies above or below 0; if it holds 0, moves
+    (no gain is shown), or dead: it hardly moves (KL at most STILL). "step_size" [S]: too timid or overshoots,
+    where the interval of the margin and w* agree. "guided_exact", "guided_logp" [S][ws]: under the weights
+    "ws" and, last, w* (within `ws`). "halting": {rule: "exact", mean "passes"}, puzzles leaving the batch.
+    "cut": puzzles "won" and "lost" if only the improving steps are taken.
     """
     steps = steps or range(1, model.cfg.n_sup + 1)
     chosen, verdict, size = calibrate(model, valid, solved, steps), [], []
     own = torch.tensor(chosen["w_star"]).double().nan_to_num(1.0).clamp(WS[0], WS[-1]).tolist()
     found = {"ws": WS, **chosen, **evaluate(model, test, solved, steps, [[*WS, w] for w in own])}
-    for gain, gap, w in zip(found["gain_interval"], found["margin_interval"], own, strict=True):
-        verdict.append(("dead", "improves", "harms")[(gain[0] > 0) - (gain[1] < 0)])
+    for kl, gain, gap, w in zip(
+        found["kl"], found["gain_interval"], found["margin_interval"], own, strict=True
+    ):
+        still = "moves" if kl > STILL else "dead"
+        verdict.append((still, "improves", "harms")[(gain[0] > 0) - (gain[1] < 0)])
         side = (gap[0] > 0 and w > 1) - (gap[1] < 0 and w < 1)
         size.append(("just right", "too timid", "overshoots")[side])
-    plural, words = {"improves": "improve", "harms": "harm", "dead": "are dead"}, []
-    for kind, run in itertools.groupby(range(1, len(verdict) + 1), lambda s: verdict[s - 1]):
-        first, *more = run
-        one = f"step {first} {'is ' * (kind == 'dead')}{kind}"
-        words.append(f"steps {first}-{more[-1]} {plural[kind]}" if more else one)
-    share = verdict.count("improves") / len(verdict)
-    summary = f"{', '.join(words)}: {share:.0%} of the forward passes do the work"
+    runs = [(kind, [*run]) for kind, run in itertools.groupby(steps, lambda s: verdict[s - steps[0]])]
+    words = [f"{kind}: step {run[0]}" + f"-{run[-1]}" * (len(run) > 1) for kind, run in runs]
+    working = [s for s, kind in zip(steps, verdict, strict=True) if kind == "improves"]
+    found["summary"] = f"{'; '.join(words)}. {len(working)} of {len(steps)} steps improve the answer"
     halting = {"none": {"exact": found["exact"][-1], "passes": found["passes"]}}
     for rule, of in chosen["halt"].items():
         answers, taken = answer(model, test.x, steps, stopping(rule, of["threshold"]))
         passes = taken.double().mean().item() * model.cfg.T * (model.cfg.n + 1)
         halting[rule] = {"exact": solved(test.x, answers).double().mean().item(), "passes": passes}
-    alive = [s for s, kind in zip(steps, verdict, strict=True) if kind != "dead"]
-    if 0 < len(alive) < len(steps):
-        full, cut = (answer(model, test.x, some)[0] for some in (steps, alive))
-        before, after = solved(test.x, full), solved(test.x, cut)
-        counts = {"changed": (full != cut).any(1), "lost": before & ~after, "won": after & ~before}
-        found["cut"] = {name: rows.sum().item() for name, rows in counts.items()}
-    return found | {"verdict": verdict, "step_size": size, "summary": summary, "halting": halting}
+    if 0 < len(working) < len(steps):
+        full, cut = (solved(test.x, answer(model, test.x, some)[0]) for some in (steps, working))
+        found["cut"] = {"won": (cut & ~full).sum().item(), "lost": (full & ~cut).sum().item()}
+    return found | {"verdict": verdict, "step_size": size, "halting": halting}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# §7  Sudoku and n queens: generate and check
+# §7  Sudoku and n queens: generate and check; symmetric views of all puzzles
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size of a sudoku -> rows and columns of its boxes
 EMPTY, QUEEN = range(2)
@@ -774,13 +770,13 @@ def propagate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return filled, free, ((has > 1) | (has + places == 0)).any((1, 2))
 
 
-def other_solutions(x: torch.Tensor, y: torch.Tensor, generator=None, rounds=math.inf) -> torch.Tensor:
+def other_solutions(x: torch.Tensor, y: torch.Tensor, generator=None) -> torch.Tensor:
     """For sudokus x [N, L] with a solution y each: another solution, or y where there is none. [N, L]
 
     A complete search in random order: propagate, then try each digit in a blank with the fewest candidates.
     """
     other, boards, owner, width = y.clone(), x, torch.arange(len(x)), min(3000, len(x) + 60)
-    while len(boards) and rounds > 0:
+    while len(boards):
         now, owners = boards[-width:], owner[-width:]  # the newest first: memory stays bounded
         filled, free, broken = propagate(now)
         found = ~broken & (now > 0).all(1) & (now != y[owners]).any(1)
@@ -794,44 +790,66 @@ def other_solutions(x: torch.Tensor, y: torch.Tensor, generator=None, rounds=mat
         new = filled[which].scatter(1, cell[which, None], digit[which, turn, None].to(x.dtype) + 1)
         boards, owner = torch.cat([boards[:-width], new]), torch.cat([owner[:-width], owners[which]])
         unsolved = (other == y).all(1)[owner]
-        boards, owner, rounds = boards[unsolved], owner[unsolved], rounds - 1
-    other[owner] = boards  # where `rounds` ended the search: an unfinished board
+        boards, owner = boards[unsolved], owner[unsolved]
     return other
 
 
-def sudoku_views(N: int, size: int, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """N random symmetries: the old cell that comes to each place [N, L] and each token's new one [N, V].
+def look(cells: torch.Tensor, cell: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Puzzles or answers [N, L] in a view: `cell` [N, L] comes to each place, `new` [N, V] for each token.
 
-    Digits, bands, stacks, and rows and columns within these are permuted; square boxes may be transposed.
+    look(.., cell.argsort(1), new.argsort(1)) takes them back.
     """
-    lines = []
+    return new.gather(1, cells.gather(1, cell).long()).to(cells.dtype)
+
+
+def grid_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """N random symmetries of grids, all 8 (or 4, if not square) equally often: `cell` and `new` of `look`."""
+    index = torch.arange(math.prod(shape)).view(shape)
+    turned = [t.rot90(k) for t in (index, index.flip(0)) for k in range(4)]
+    views = torch.stack([t.flatten() for t in turned if t.shape == shape])
+    return views[torch.randperm(-(-N // 8) * 8, generator=generator)[:N] % len(views)], torch.arange(
+        8
+    ).expand(N, -1)
+
+
+def sudoku_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """N random symmetries of sudokus: digits, bands, stacks, lines in these; square boxes: transposed."""
+    size, lines = shape[0], []
     for step in BOXES[size]:  # groups of `step` lines are permuted, and the lines in each group
         groups = torch.rand(N, size // step, generator=generator).argsort(1).repeat_interleave(step, 1)
         lines.append((groups + torch.rand(N, size, generator=generator)).argsort(1))
     cell = lines[0][:, :, None] * size + lines[1][:, None]  # [N, size, size]
     if BOXES[size][0] == BOXES[size][1]:
         cell = torch.where(torch.rand(N, 1, 1, generator=generator) < 0.5, cell, cell.mT)
-    new = F.pad(torch.rand(N, size, generator=generator).argsort(1) + 1, (1, 0))  # a blank stays a blank
-    return cell.flatten(1), new
+    digits = torch.rand(N, size, generator=generator).argsort(1) + 1
+    blank, masked = torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1), size + 1)
+    return cell.flatten(1), torch.cat([blank, digits, masked], 1)
 
 
 def sudoku_grids(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
     """Random solved sudokus [count, L] uint8: a search finds every eighth, the others are views of it."""
     empty = torch.zeros(-(-count // 8), size**2, dtype=torch.uint8)
     y = other_solutions(empty, empty, generator).repeat_interleave(8, 0)[:count]
-    cell, new = sudoku_views(count, size, generator)
-    return new.gather(1, y.gather(1, cell).long()).to(torch.uint8)
+    return look(y, *sudoku_views(count, (size, size), generator))
 
 
-def dig(y: torch.Tensor, blanks: int, generator: torch.Generator) -> torch.Tensor:
-    """Empty up to `blanks` random cells of sudokus y [N, L]; refill some until y is the only solution."""
-    rank = torch.rand(y.shape, generator=generator).argsort(1).argsort(1)
-    x = torch.where(rank < torch.randint(1, blanks + 1, (len(y), 1), generator=generator), 0, y)
-    live = torch.arange(len(y))
-    while len(live):
-        several, cell = (other_solutions(x[live], y[live], generator) != y[live]).max(1)
-        live, cell = live[several], cell[several]
-        x[live, cell] = y[live, cell]
+def sudoku_kind(y: torch.Tensor) -> torch.Tensor:
+    """For each solved sudoku [N, L] a number that none of its symmetries changes, and zeros: [N, L]."""
+    size, kind = math.isqrt(y.shape[1]), 0
+    rows = F.one_hot(y.long() - 1, size).view(-1, size, size, size).float()  # [N, row, column, digit]
+    for lines in (rows, rows.transpose(1, 2)):
+        P = torch.einsum("nacd,nbce->nabde", lines, lines)  # the permutation of digits from line a to line b
+        cubes = (P @ P @ P).diagonal(dim1=3, dim2=4).sum(3)  # traces: they tell the lengths of its cycles
+        kind += ((cubes + 10 * (P @ P).diagonal(dim1=3, dim2=4).sum(3)) ** 2 % 1009).sum((1, 2)).long()
+    return F.pad(kind[:, None], (0, size**2 - 1))
+
+
+def minimal(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Sudokus [N, L] with the only solutions y: empties cells in random order, but none that makes two."""
+    x = y.clone()
+    for cell in torch.rand(y.shape, generator=generator).argsort(1).T[..., None]:
+        fewer = x.scatter(1, cell, 0)
+        x = torch.where((other_solutions(fewer, y, generator) == y).all(1, keepdim=True), fewer, x)
     return x
 
 
@@ -871,33 +889,36 @@ class UserError(Exception):
     """Invalid user input. The message is one line: what, which value, and what is allowed."""
 
 
-def quoted(value) -> str:
-    """`value` on one line of at most 200 characters."""
-    text = str(value)
-    text = text if text and text.isprintable() and text == text.strip() else repr(text)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 @contextmanager
 def reading(path, what: str):
-    """Turn any error, as files may be damaged in many ways, into one line that names the file."""
+    """Turn any error, as files may be damaged in many ways, into a message that names the file."""
     try:
         yield
     except Exception as e:
-        why = getattr(e, "strerror", None) or " ".join(f"{e}".split())[:200]
         kind = "" if isinstance(e, UserError | OSError) else f"{type(e).__name__}: "
-        raise UserError(f"{quoted(path)}: {kind}{why}; must be {what}") from e
+        raise UserError(f"{path}: {kind}{getattr(e, 'strerror', None) or e}; must be {what}") from e
 
 
 def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0, blanks: int = 0) -> Puzzles:
-    """`count` sudokus with 1 to `blanks` empty cells (0: half of all). The solution decides the split."""
+    """`count` sudokus with 1 to `blanks` empty cells (0: no limit). The solution's kind decides the split.
+
+    They are views of at most 250 minimal ones, with some cells given back: so each has one solution.
+    """
     generator = torch.Generator().manual_seed(seed)
-    y = draw_split(count, size, split, lambda n: sudoku_grids(n, size, generator))
-    return solve_sudokus(dig(y, blanks or size**2 // 2, generator), y)
+    key = sudoku_kind if size > 4 else torch.clone  # of size 4, there are only two kinds
+    y = draw_split(min(count, 250), size, split, lambda n: sudoku_grids(n, size, generator), key)
+    pair, rows = (minimal(y, generator), y), torch.arange(count) % len(y)
+    x, y = (look(t[rows], *view) for view in [sudoku_views(count, (size, size), generator)] for t in pair)
+    rank = torch.where(x == 0, torch.rand(x.shape, generator=generator), 2.0).argsort(1).argsort(1)
+    most = (x == 0).sum(1, keepdim=True).clamp(max=blanks or size**2)
+    kept = rank < 1 + (torch.rand(count, 1, generator=generator) * most).floor()
+    return solve_sudokus(torch.where(kept, x, y), y)
 
 
-def solve_sudokus(x: torch.Tensor, y: torch.Tensor) -> Puzzles:
+def solve_sudokus(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     """Sudokus x [N, L] with solutions y, filled by rounds of `propagate`, and a last one if it gets stuck."""
+    x = x.flatten(1)
+    y = other_solutions(x, 0 * x) if y is None else y
     order, now, moved = torch.zeros_like(x, dtype=torch.int16), x, torch.ones(len(x), 1, dtype=torch.bool)
     while moved.any():
         order += moved & (now == 0)
@@ -914,38 +935,24 @@ def make_queens(count: int, size: int = 8, split: str = "train", seed: int = 0) 
 
 def solve_queens(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     """Boards x [N, L] completed by y, or first in reading order (or EMPTY), a queen a round."""
-    every = placements(math.isqrt(x.shape[1]))
+    x, every = x.flatten(1), placements(x.shape[1] if x.ndim == 3 else math.isqrt(x.shape[1]))
     fits, first = (x.float() @ every.T.float() == x.sum(1, keepdim=True)).max(1, keepdim=True)
     y = every[first[:, 0]] * fits if y is None else y
     return Puzzles(x, y, x, ((y != x).cumsum(1) * (y != x)).to(torch.int16))
 
 
-def maze_solvable(x: torch.Tensor) -> bool:
-    """Whether the maze x [1, H, W] has one start, one goal and a way between them."""
-    start, goal = x == START, x == GOAL
-    return start.sum() == goal.sum() == 1 and flood(start, x != WALL)[goal].item()
-
-
-def grid_views(N: int, size: int, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """N random symmetries of square grids, in the form of `sudoku_views`; tokens stay."""
-    index = torch.arange(size**2).view(size, size)
-    views = torch.stack([t.rot90(k).flatten() for t in (index, index.T) for k in range(4)])  # [8, L]
-    return views[torch.randint(8, (N,), generator=generator)], torch.arange(8).expand(N, -1)
-
-
-class Views:
-    """A data set for `train` that shows puzzles in a new random symmetric view at every access."""
-
-    def __init__(self, puzzles: Puzzles, views: Callable, size: int):
-        self.puzzles, self.views, self.size = puzzles, views, size
-
-    def __len__(self) -> int:
-        return len(self.puzzles)
-
-    def __getitem__(self, rows) -> Puzzles:
-        cell, new = (t.to(rows.device) for t in self.views(len(rows), self.size))
-        x, y, draft, order = (t.gather(1, cell) for t in self.puzzles[rows])
-        return Puzzles(*(new.gather(1, t.long()).to(t.dtype) for t in (x, y, draft)), order)
+def shortest(x: torch.Tensor) -> torch.Tensor:
+    """Mazes x [N, L] or [N, H, W] with a shortest path marked, or none if there is no way."""
+    maze = grid(x)
+    reached, distance = maze == START, torch.zeros_like(maze, dtype=torch.int16)
+    while (more := (maze != WALL) & ~reached & (neighbours(reached) > 0)).any():
+        distance, reached = distance + ~reached, reached | more
+    at = way = (maze == GOAL) & reached
+    while at.any():  # back from the goal, always to the first cell that is one nearer
+        nearer = (neighbours(at) > 0) & reached & (distance == (distance * at).amax((1, 2), True) - 1)
+        at = nearer & (nearer.flatten(1).cumsum(1) == 1).view_as(nearer)
+        way = way | at
+    return torch.where(way & (maze == OPEN), PATH, maze).view_as(x)
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
@@ -956,14 +963,15 @@ BOARD = {"mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1, "ex
 class Task(NamedTuple):
     """A kind of puzzle, by default the maze: functions, and data for options, text files and figures."""
 
-    make: Callable = make_mazes  # (count, size, split, seed, **options) -> Puzzles
-    solve: Callable = solve_mazes  # (x [N, L], y [N, L]) -> Puzzles: a solver's way to y
+    make: Callable = make_mazes  # (count, size, split, seed) -> Puzzles
+    solve: Callable = lambda x, y=None: solve_mazes(
+        x, shortest(x) if y is None else y
+    )  # (x [N, L], y [N, L] or None) -> Puzzles: a solver's way to y
     solved: Callable = maze_solved  # (x [B, L], answer [B, L]) -> [B] bool
-    solvable: Callable = maze_solvable  # x [1, H, W] -> bool; True, too, if the search takes too long
-    views: Callable = grid_views  # (N, size) -> N random symmetries
-    sizes: range | tuple = range(5, 62, 2)
-    letters: Callable = lambda size: "# SGo"  # one character for each token
-    alias: str = ". "  # the first character is read as the second
+    views: Callable = grid_views  # (N, shape) -> N random symmetries
+    sizes: tuple = tuple(range(5, 62, 2))
+    letters: str = "# SGo"  # one character for each token
+    alias: dict = str.maketrans("%X10.sAPgEBF", "###  SSSGGGG")  # other characters for them
     colours: dict = MAZE  # {token's name: colour}; the last is that of all further tokens
     glyphs: str = ""  # what figures write into the cells
     options: tuple = ()  # the fields of `Config` that `make` takes
@@ -976,11 +984,10 @@ TASKS = {
         make=make_sudokus,
         solve=solve_sudokus,
         solved=sudoku_solved,
-        solvable=lambda x: other_solutions(x.flatten(1), 0 * x.flatten(1), rounds=100).any(),
         views=sudoku_views,
         sizes=tuple(BOXES),
-        letters=lambda size: ".123456789"[: size + 1],
-        alias="0.",
+        letters=".123456789",
+        alias=str.maketrans("0_*x?-", "......"),
         colours={"blank": "white", "digit": "#f4f1ea"},
         glyphs=" 123456789",
         options=("blanks",),
@@ -990,10 +997,9 @@ TASKS = {
         make=make_queens,
         solve=solve_queens,
         solved=queens_solved,
-        solvable=lambda x: solve_queens(x.flatten(1)).y.any(),
-        sizes=range(5, 11),
-        letters=lambda size: ".Q",
-        alias="♛Q",
+        sizes=tuple(range(5, 11)),
+        letters=".Q",
+        alias=str.maketrans("0_*x?-1♛", "......QQ"),
         colours={"empty": "#f4f1ea", "queen": COLOURS[5]},
         glyphs=" ♛",
         defaults=BOARD | {"size": 8, "pace": 2, "train_size": 7200},
@@ -1001,72 +1007,89 @@ TASKS = {
 }
 
 
-def tokenise(rows, task: Task, size: int, W: int) -> torch.Tensor:
-    """The tokens [H, W] uint8 of rows of (place, character). Raises `UserError` at the first wrong one."""
-    letters, (other, same), tokens = task.letters(size), task.alias, []
-    for row in rows:
-        for place, c in row:
-            if c not in letters + other:
-                raise UserError(f"{place}: {c!r}, not one of {letters + other!r}")
-        if len(row) != W:
-            raise UserError(f"{row[0][0]}: {len(row)} cells; must be {W}")
-        tokens.append([letters.index(same if c == other else c) for _, c in row])
-    return torch.tensor(tokens, dtype=torch.uint8)
+def tokens(rows: list[str], line: int, task: Task, size: int, width: int) -> torch.Tensor:
+    """The tokens [H, W] uint8 of rows of characters. Raises `UserError` at the first that does not fit."""
+    letters = task.letters[: size + 1] if "1" in task.letters else task.letters
+    known = letters + "".join(chr(c) for c, same in task.alias.items() if chr(same) in letters)
+    for n, row in enumerate(rows, line):
+        for k, c in enumerate(row, 1):
+            if c not in known:
+                raise UserError(f"line {n}, character {k}: {c!r}; must be one of {known!r}")
+        if len(row) != width:
+            raise UserError(f"line {n}: {len(row)} cells; must be {width}")
+    return torch.tensor([[letters.index(c) for c in row.translate(task.alias)] for row in rows]).byte()
 
 
-def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: int) -> Puzzles:
-    """At most `count` puzzles, drawn at random, of a CSV file with the columns question and answer.
+COLUMNS = (("question", "answer"), ("quizzes", "solutions"), ("puzzle", "solution"))  # of CSV files
+COMMENT = r"\s*[#;\[]|.*[A-Za-z]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is none of a board
+
+
+def csv_rows(path: Path):
+    """Yield (line, question, answer) of the rows of a CSV file, which may have more columns than COLUMNS."""
+    what = f"a CSV file with two columns: {' or '.join(map(', '.join, COLUMNS))}"
+    with reading(path, what), path.open(encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        ask, say = next(names for names in COLUMNS if {*names} <= {*(reader.fieldnames or ())})
+        for row in reader:
+            yield reader.line_num, row[ask] or "", row[say] or ""
+
+
+def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: int, views: bool) -> Puzzles:
+    """`count` puzzles of a CSV file, or all there are; for training in random symmetric `views`, as often.
 
     One row in 16 of train.csv, by a checksum of the question, belongs to the split `valid`.
     """
-    draw, kept, seen, L = random.Random(seed), {}, 0, size**2
-    with reading(path, "a CSV file of questions and answers"), path.open(encoding="utf-8-sig") as lines:
-        for row in (reader := csv.DictReader(lines)):
-            texts = row["question"] or "", row["answer"] or ""
-            if split == "test" or (zlib.crc32(texts[0].encode()) % 16 == 0) == (split == "valid"):
-                seen += 1
-                spot = seen - 1 if seen <= count else draw.randrange(seen)  # reservoir sampling
-                if spot < count:
-                    kept[spot] = (f"line {reader.line_num}", *texts)
-        if not kept:
-            raise UserError(f"no rows for {split}")
-        rows = (
-            [(f"{line}, character {k}", c) for k, c in enumerate(text or " ", 1)]
-            for line, *texts in kept.values()
-            for text in texts
-        )
-        x, y = tokenise(rows, task, size, L).view(-1, 2, L).unbind(1)
+    rows = [*csv_rows(path)]
+    if split != "test":
+        rows = [row for row in rows if (zlib.crc32(row[1].encode()) % 16 < 1) == (split == "valid")]
+    rows = random.Random(seed).sample(rows, min(count, len(rows)))
+    with reading(path, "a CSV file of puzzles with their solutions"):
+        pair = [[tokens([row[k]], row[0], task, size, size**2) for row in rows] for k in (1, 2)]
+        x, y = map(torch.cat, pair)  # no rows: an error
         for n in (~task.solved(x, y)).nonzero():
-            raise UserError(f"{kept[n.item()][0]}: the answer does not solve the question")
+            raise UserError(f"line {rows[n][0]}: the answer does not solve the question")
+    if views and split == "train":
+        chosen, view = torch.arange(count) % len(x), task.views(count, (size, size))
+        x, y = look(x[chosen], *view), look(y[chosen], *view)
     parts = [task.solve(*part) for part in zip(x.split(5000), y.split(5000), strict=True)]
-    return Puzzles(*(torch.cat(t) for t in zip(*parts, strict=True)))
+    return Puzzles(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def boards(text: str, task: Task) -> list:
-    """The boards in a text, parted by empty lines: each a list of rows of (place, character).
+def boards(text: str, task: Task, size: int) -> list:
+    """[(line, rows of characters), ..]: the boards in a text. Empty lines part mazes.
 
-    Except in mazes, spaces, | and lines of - + = are decoration, and a line may hold a whole board.
+    Of other puzzles, a line holds all cells, whatever stands before and behind them, or a row of cells among
+    decoration; lines of comment are skipped.
     """
-    decoration, rows = " \t|" if task.glyphs else "", []
-    for n, line in enumerate(text.splitlines(), 1):
-        row = [(f"line {n}, column {k}", c) for k, c in enumerate(line[:9_999], 1) if c not in decoration]
-        side = math.isqrt(len(row))
-        if decoration and len(row) > max(task.sizes) and side**2 == len(row):
-            rows += [[], *(row[i : i + side] for i in range(0, len(row), side)), []]
-        elif not (decoration and row and {c for _, c in row} <= set("-+=")):
-            rows.append(row)
-    return [list(board) for full, board in itertools.groupby(rows, bool) if full]
+    rows, found, lines = [], [], [*enumerate(text.splitlines(), 1)]
+    cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
+    for n, line in lines if task.glyphs else ():
+        if whole := re.search(f"{cell}{{{size**2}}}", line):
+            found += [rows, [(n, whole[0][i : i + size]) for i in range(0, size**2, size)]]
+            rows = []
+        elif not re.match(COMMENT, line):
+            rows.append((n, "".join(re.findall(cell, line))))
+        if rows and (len(rows) == size or len(rows[-1][1]) != size):
+            found, rows = [*found, rows], []
+    for full, part in itertools.groupby(lines, lambda line: line[1] > "") if not task.glyphs else ():
+        numbers, drawn = zip(*part, strict=True)
+        if set(drawn[0].strip()) <= set("#%X"):  # a rim: what is left of it is no cell
+            drawn = textwrap.dedent("\n".join(drawn)).split("\n")
+        wide = max(map(len, drawn))  # editors cut trailing blanks; an o in a question is open
+        found += [[*zip(numbers, (row.ljust(wide).replace("o", " ") for row in drawn), strict=True)]] * full
+    return [(rows[0][0], [row for _, row in rows]) for rows in [*found, rows] if rows]
 
 
-def read_board(rows: list, task: Task, size: int, fixed: bool) -> torch.Tensor:
-    """The puzzle [1, H, W] uint8 in rows of `boards`, with `fixed` of that size. Raises `UserError`."""
-    x = tokenise(rows, task, size, size if fixed else len(rows[0]))[None]
-    if fixed and len(rows) != size:
-        raise UserError(f"{rows[0][0][0]}: {len(rows)} rows; must be {size}")
-    if not task.solvable(x):
-        rule = "; must have one S, one G and a way between them" * (not task.glyphs)
-        raise UserError(f"{rows[0][0][0]}: no solution{rule}")
-    return x
+def read_board(rows: list[str], line: int, task: Task, cfg) -> tuple:
+    """The puzzle x and a solution [H, W] uint8, and x as a model sees it. Raises `UserError`."""
+    fixed = task.glyphs or cfg.mixer == "mlp"
+    x = tokens(rows, line, task, cfg.size, cfg.size if fixed else len(rows[0]))
+    if fixed and len(rows) != cfg.size:
+        raise UserError(f"line {line}: {len(rows)} rows; must be {cfg.size}")
+    y = task.solve(x[None]).y.view_as(x)
+    if not task.solved(x[None], y[None]):
+        raise UserError(f"line {line}: no solution" + "; must have an S, a G and a way" * (not task.glyphs))
+    return x, y, x if task.glyphs else inside(x)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1091,8 +1114,8 @@ def replacing(path: Path):
         beside.unlink(missing_ok=True)
 
 
-def plot(path: Path, title: str, panels: list, stars: bool = False) -> str:
-    """Draw panels (title, x label, [(label, x, y, *x and y of thin lines or of a star), ..]) to `path`."""
+def plot(path: Path, title: str, panels: list) -> None:
+    """Draw panels (title, x label, [(label, x, y, *x and y of thin lines or of one star), ..]) to `path`."""
     import matplotlib.pyplot as plt
 
     rows = math.ceil(len(panels) / 3)
@@ -1101,17 +1124,15 @@ def plot(path: Path, title: str, panels: list, stars: bool = False) -> str:
     for i, (name, xlabel, curves) in enumerate(panels, 1):
         ax = fig.add_subplot(rows, 3, i)
         for k, (label, x, y, *more) in enumerate(curves):
-            colour = plt.cm.viridis(0.9 * k / len(curves)) if stars else COLOURS[k % 7]
+            colour = COLOURS[k % 7] if len(curves) < 8 else plt.cm.viridis(0.9 * k / len(curves))
             style = {"ls": ("-", "--", "-.", ":")[k % 4], "marker": "." * (len(x) < 30), "color": colour}
-            hidden = "_" * (k % math.ceil(len(curves) / 12))  # the legend shows at most twelve
-            ax.plot(x, y, label=hidden + label, **style)
+            ax.plot(
+                x, y, label="_" * (k % math.ceil(len(curves) / 12)) + label, **style
+            )  # _: not in the legend
             if more:
-                ax.plot(*more, "*" if stars else "-", color=colour, lw=0.6, ms=10, mec="black")
+                ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
         if "nats" in name:
             ax.set_yscale("symlog", linthresh=1e-5)
-            low, high = ax.get_ylim()
-            if sum(low < tick < high for tick in ax.get_yticks()) < 2:  # within a power of ten
-                ax.set_yscale("linear")
         else:
             ax.set_ylim(-0.03, 1.03)
             ax.yaxis.set_major_formatter("{x:.0%}")
@@ -1119,63 +1140,56 @@ def plot(path: Path, title: str, panels: list, stars: bool = False) -> str:
         ax.set_title(name, fontsize=10)
         ax.set_xlabel(xlabel)
         ax.grid(alpha=0.3)
-        if i == 1 or curves[0][0] != panels[i - 2][2][0][0]:  # else the panel before shows the same legend
-            ax.legend(fontsize=8)
+        ax.legend(fontsize=7)
     with replacing(path) as beside:
         fig.savefig(beside, dpi=110)
     plt.close(fig)
-    return path.name
 
 
-def draw_improvement(found: dict, title: str, path: Path) -> str:
-    """The measures over the steps, split by outcome, and the distribution of the margins."""
-    steps, each, panels = range(1, len(found["exact"]) + 1), found["each"], []
-    solved, edges = each["exact"][:, -1] > 0, [f"{edge:g}" for edge in (-math.inf, *MARGIN_EDGES, math.inf)]
+def draw_diagnosis(found: dict, longer: dict, out: Path) -> list[str]:
+    """Three figures: what each step does, what guidance would do, and what more steps or early exit do."""
+    steps, each, ws, panels, exits = range(1, len(found["exact"]) + 1), found["each"], found["ws"], [], []
+    solved, exact = each["exact"][:, -1] > 0, found["exact"]
     groups = {"all puzzles": solved | True, "not solved": ~solved, "solved in the end": solved}
     for name, label in LABELS.items():
         curves = [(group, steps, each[name][rows].mean(0)) for group, rows in groups.items() if rows.any()]
         curves[0] += (steps, found[f"{name}_interval"]) if "interval" in label else ()
         panels.append((label, "latent step", curves))
-    shares = zip(itertools.pairwise(edges), each["margins"].mean(0).T, strict=True)
-    curves = [(" to ".join(ends), steps, share) for ends, share in shares]
-    return plot(path, title, [*panels, ("cells by their margin", "latent step", curves)])
-
-
-def draw_guidance(found: dict, title: str, path: Path) -> str:
-    """Puzzles solved and log π_w(y*) against the guidance weight w, a curve for each step; solved at w*."""
-    steps, ws, panels = range(1, len(found["exact"]) + 1), found["ws"], []
+    ends = itertools.pairwise(f"{edge:g}" for edge in (-math.inf, *MARGIN_EDGES, math.inf))
+    shares = zip(ends, each["margins"].mean(0).T, strict=True)
+    panels.append(("cells by their margin", "latent step", [(" to ".join(e), steps, y) for e, y in shares]))
+    title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
+    plot(out / "improvement.png", f"{title}\n{found['summary']}", panels)
+    guided, best = [], [of[-1] for of in found["guided_exact"]]
     for name in ("exact", "logp"):
-        guided = zip(steps, found["w_star"], found[f"guided_{name}"], strict=True)
-        curves = [(f"step {s}", ws, of[:-1], min(max(w, ws[0]), ws[-1]), of[-1]) for s, w, of in guided]
-        panels.append((LABELS[name], "guidance weight w (★: w*)", curves))
-    curves = [("w = 1", steps, found["exact"]), ("w = w*", steps, [of[-1] for of in found["guided_exact"]])]
-    return plot(path, title, [*panels, (LABELS["exact"], "latent step", curves)], stars=True)
-
-
-def draw_thinking(longer: dict, found: dict, title: str, path: Path) -> str:
-    """Puzzles solved and KL against steps, for every size; puzzles solved against passes with early exit."""
-    panels, exits = [], []
+        of_steps = zip(steps, found["w_star"], found[f"guided_{name}"], strict=True)
+        curves = [(f"step {s}", ws, y[:-1], min(max(w, ws[0]), ws[-1]), y[-1]) for s, w, y in of_steps]
+        guided.append((LABELS[name], "guidance weight w (★: w*)", curves))
+    guided.append((LABELS["exact"], "latent step", [("w = 1", steps, exact), ("w = w*", steps, best)]))
+    title = f"Guiding the last step by its own w* takes it from {exact[-1]:.1%} to {best[-1]:.1%} solved"
+    plot(out / "guidance.png", title, guided)
+    panels = []
     for name in ("exact", "kl"):
-        sizes = [(f"{s} x {s}, {of['puzzles']} puzzles", of[name]) for s, of in longer.items()]
-        panels.append((LABELS[name], "steps taken", [(size, range(1, len(y) + 1), y) for size, y in sizes]))
+        curves = [(f"{s} x {s}", range(1, len(of[name]) + 1), of[name]) for s, of in longer.items()]
+        panels.append((LABELS[name], "steps taken", curves))
     for rule, test in found["halting"].items():
         valid = found["halt"].get(rule, {"steps": [], "exact": []})
-        passes = [s * found["passes"] / len(found["exact"]) for s in valid["steps"]]
+        passes = [s * found["passes"] / len(exact) for s in valid["steps"]]
         exits.append((f"exit: {rule}", passes, valid["exact"], test["passes"], test["exact"]))
-    return plot(path, title, [*panels, (LABELS["exact"], "mean passes (★: test)", exits)], stars=True)
+    early = found["halting"]["kl"]
+    title = f"Exit by KL: {early['exact']:.1%} solved, with {early['passes']:.1f} of {found['passes']} passes"
+    plot(out / "thinking.png", title, [*panels, (LABELS["exact"], "mean passes (★: test)", exits)])
+    return ["improvement.png", "guidance.png", "thinking.png"]
 
 
-def draw_comparison(found: dict, title: str, path: Path) -> str:
-    """Validation puzzles solved, every seed (thin) and their mean, against three prices of training."""
-    panels, lost = [], (math.nan, math.nan)
-    for price in ("examples seen", "train passes", "train seconds"):
-        curves = []
-        for name, of in found.items():
-            runs = [[(at[price.replace(" ", "_")], at["exact"]) for at in run["curve"]] for run in of["runs"]]
-            points = torch.tensor([*itertools.zip_longest(*runs, fillvalue=lost)]).view(-1, len(runs), 2)
-            curves.append((name, *points.nanmean(1).T, *points.unbind(2)))
-        panels.append(("validation puzzles solved", price, curves))
-    return plot(path, title, panels)
+def draw_comparison(arms: dict, title: str, path: Path) -> None:
+    """Validation puzzles solved, a line for each run and a colour for each arm, against three prices."""
+    panels = []
+    for price in ("examples_seen", "train_passes", "train_seconds"):
+        runs = [(name, run["curve"]) for name, runs in arms.items() for run in runs]
+        curves = [(name, *([at[key] for at in curve] for key in (price, "exact"))) for name, curve in runs]
+        panels.append(("validation puzzles solved", price.replace("_", " "), curves))
+    plot(path, title, panels)
 
 
 def draw_frame(ax, task: Task, caption: str, tokens: torch.Tensor, crosses: torch.Tensor) -> None:
@@ -1183,16 +1197,14 @@ def draw_frame(ax, task: Task, caption: str, tokens: torch.Tensor, crosses: torc
     from matplotlib.colors import ListedColormap
 
     cells, crosses = (grid(v[None])[0].cpu() for v in (tokens, crosses))
-    (H, W), grey = cells.shape, len(task.colours)  # grey: a mask token
-    shown = cells.clamp(max=grey - 1).where(cells < len(task.letters(H)), grey)
-    ax.imshow(shown, cmap=ListedColormap([*task.colours.values(), "#999999"]), vmin=0, vmax=grey)
-    if task.glyphs:
-        for row, col in cells.nonzero().tolist():
-            ax.text(col, row, task.glyphs[cells[row, col]], ha="center", va="center", fontsize=88 / H)
-        height, width = BOXES[H] if "1" in task.glyphs else (H, W)
-        for k in range(H + 1):
-            ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
-            ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
+    (H, W), last = cells.shape, len(task.colours) - 1
+    ax.imshow(cells.clamp(max=last), cmap=ListedColormap([*task.colours.values()]), vmin=0, vmax=last)
+    for row, col in cells.nonzero().tolist() if task.glyphs else ():
+        ax.text(col, row, task.glyphs[cells[row, col]], ha="center", va="center", fontsize=88 / H)
+    height, width = BOXES[H] if "1" in task.glyphs else (H, W)
+    for k in range(H + 1) if task.glyphs else ():
+        ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
+        ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
     row, col = crosses.nonzero().T + torch.tensor([[-0.28], [0.28]]) * bool(task.glyphs)  # beside the glyph
     for colour, width in (("white", 3.5), (COLOURS[1], 1.7)):  # with a white rim: seen on any colour
         ax.plot(col, row, "x", color=colour, mew=width, ms=44 / max(H, W))
@@ -1236,7 +1248,7 @@ class Config(TrainConfig):
     task: str = "maze"  # what to solve
     scheme: str = "dis"  # how to train: sets T, n, n-sup, target, ..
     size: int = 11  # side of the grid in cells; in a maze, every second cell is a room [4, 61]
-    blanks: int = 0  # sudoku: maximum number of empty cells; 0: half of all [0, 54]
+    blanks: int = 0  # sudoku: maximum number of empty cells; 0: as many as leave one solution [0, 64]
     data: str = ""  # folder with train.csv and test.csv (columns question, answer) to use instead
     views: bool = True  # with --data: show training puzzles in random symmetric views
     train_size: int = 20000  # maximum number of distinct training puzzles [1, 1e8]
@@ -1245,6 +1257,7 @@ class Config(TrainConfig):
     seed: int = 0  # of the weights, of the training puzzles and their order [0, 2147483647]
     think: int = 0  # steps per rollout at evaluation; 0: as in training [0, 10000]
     halt: str = "off"  # early-exit rule at evaluation
+    tries: int = 1  # views of a puzzle to try until the checker accepts an answer; --solve: 16 [1, 1000]
     device: str = "auto"  # auto: the first available of the others
     precision: str = "auto"  # of the matrix products in the net; auto: bf16 on cuda, else fp32
     compile: bool = False  # compile the net with torch.compile: pays off in long runs
@@ -1255,25 +1268,28 @@ class Config(TrainConfig):
 
 CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS, "halt": ("off", *HALTS)}
 CHOICES |= {"device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16")}
-ELSEWHERE = ("device", "out", "figures", "compile", "save_minutes")  # options that do not affect results
-LATER = (*ELSEWHERE, "test_size", "think", "halt")  # options that may differ when training is resumed
-AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size")  # options that may differ at evaluation
-COMMANDS = {  # {name: (type, lowest, highest value, help)}; the first four exclude each other
-    "eval": (str, 0, 0, "evaluate this model.pt; do not train"),
-    "solve": (str, 0, 0, "solve the puzzles in this text file, or - for standard input"),
-    "compare": (str, 0, 0, "train and compare these schemes, also with options: trm,dis,dis+noise=0+pace=8"),
-    "resume": (bool, 0, 0, "continue the same command where it was stopped"),
-    "checkpoint": (str, 0, 0, "with --solve: use this model.pt [the newest of the task in runs/]"),
-    "seeds": (int, 1, 1000, "with --compare: number of seeds to train each with, from 1 to 1000 [1]"),
+ELSEWHERE = ("device", "out", "figures", "compile", "save_minutes", "shape")  # do not affect results
+LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")  # may differ when training is resumed
+AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size", "task")  # may differ at evaluation
+COMMANDS = {  # {name: (default, help)}; without any of the first four, a model is trained
+    "eval": ("", "evaluate this model.pt; do not train"),
+    "solve": ("", "solve the puzzles in this text file, or - for standard input"),
+    "compare": ("", "train and compare these schemes, also with options: trm,dis,dis+noise=0+pace=8"),
+    "resume": (False, "continue the same command where it was stopped"),
+    "checkpoint": ("", "with --solve: use this model.pt, not the newest of the task in runs/"),
+    "answers": ("", "with --solve: write the answers to this file, one a line"),
+    "steps_shown": (False, "with --solve: print every step of every puzzle, not only of a single one"),
+    "seeds": (1, "with --compare: number of seeds to train each with"),
 }
-FIELD = r"^    (?!vocab)(\w+): (?:str|int|float|bool) = \S+  # (.*?)(?: \[(\S+), (\S+)\])?$"
-OPTIONS = COMMANDS | {  # from the comments beside the fields
-    name: (type(getattr(Config, name)), float(low or 0), float(high or 0), text)
+TOGETHER = {"solve": ("checkpoint", "answers", "steps_shown"), "compare": ("seeds",)}  # the latter need it
+APART = {"solve": ("size", "data", "halt", "test_size"), "compare": ("halt", "tries", "think")}
+FIELD = r"^    (?!vocab|shape)(\w+): .*?  # (.*?)(?: \[(\S+), (\S+)\])?$"  # in the sources of the dataclasses
+OPTIONS = {  # {name: (help, lowest, highest value)}
+    name: (text, float(low or 0), float(high or 0))
     for cls in (ModelConfig, TrainConfig, Config)
     for name, text, low, high in re.findall(FIELD, inspect.getsource(cls), re.M)
 }
-WITH = (("seeds", "compare"), ("checkpoint", "solve"))  # the first must go with the second
-WITHOUT = (("halt", "compare"), ("halt", "solve"), ("size", "solve"), ("data", "solve"))
+SPENT = ("passes", "params", "examples_seen", "train_passes", "train_seconds")
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
@@ -1282,122 +1298,91 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def allowed(name: str) -> str:
-    """In words, the values of an option."""
-    kind, low, high, _ = OPTIONS[name]
-    words = {bool: "on or off", str: "text", int: "a whole number", float: "a number"}[kind]
-    words += f" from {low:.10g} to {high:.10g}" if high else ""
-    return f"one of {', '.join(CHOICES[name])}" if name in CHOICES else words
-
-
-def accept(name: str, value):
-    """The value of an option, also from its text. Raises `UserError` if it is not allowed."""
-    kind, low, high, _ = OPTIONS[name]
-    number = {int: r"[+-]?[0-9]{1,18}", float: r"[+-]?[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?"}.get(kind, r"$^")
-    value = kind(value) if isinstance(value, str) and re.fullmatch(number, value) else value
-    good = type(value) is kind or (type(value), kind) == (int, float)
-    if not (good and (value in CHOICES[name] if name in CHOICES else not high or low <= value <= high)):
-        raise UserError(f"{flag(name)} {quoted(value)}: must be {allowed(name)}")
-    return value
-
-
-def checked(values: dict) -> Config:
-    """The `Config` with these values. Raises `UserError` if one is not allowed or some do not fit."""
-    cfg = Config(**{k: accept(k, value) for k, value in values.items() if k not in ("vocab", "shape")})
-    task, per_head = TASKS[cfg.task], cfg.width % (2 * cfg.heads)
-    for message, good in (
-        (f"--size {cfg.size}: must be one of {', '.join(map(str, task.sizes))}", cfg.size in task.sizes),
-        (f"--kernel {cfg.kernel}: must be odd", cfg.kernel % 2),
-        (f"--heads {cfg.heads}: --width / heads must be even", cfg.mixer != "attention" or not per_head),
-        (f"--blanks {cfg.blanks}: must be at most 2/3 of the cells", 3 * cfg.blanks <= 2 * cfg.size**2),
-        ("--halt head: must go with --act, which trains the head", cfg.halt != "head" or cfg.act),
-    ):
+def configure(**given) -> Config:
+    """The configuration for a task, with the scheme applied, and all `given` on top. Raises `UserError`."""
+    task = TASKS[given.get("task", "maze")]
+    values = {"scheme": "dis", **task.defaults}
+    if given.get("data"):
+        question = next(csv_rows(Path(given["data"]) / "train.csv"), ("", ""))[1]
+        values |= {"size": math.isqrt(len(question)), "pick": 1}
+    cfg = Config(**values | SCHEMES[given.get("scheme", values["scheme"])] | given)
+    ranges = [(name, low, high) for name, (_, low, high) in OPTIONS.items() if high]
+    rules = [
+        (name, low <= getattr(cfg, name) <= high, f"from {low:g} to {high:g}") for name, low, high in ranges
+    ]
+    rules += [
+        ("size", cfg.size in task.sizes, f"one of {', '.join(map(str, task.sizes))}"),
+        ("kernel", cfg.kernel % 2, "odd"),
+        ("heads", cfg.mixer != "attention" or not cfg.width % (2 * cfg.heads), "half a divisor of --width"),
+        ("halt", cfg.halt != "head" or cfg.act, "used with --act, which trains the head"),
+        ("batch_size", cfg.batch_size % RANKS == 0, f"a multiple of the {RANKS} processes"),
+    ]
+    for name, good, allowed in rules:
         if not good:
-            raise UserError(message)
-    vocab = len(task.letters(cfg.size)) + (cfg.target == "mask")
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be {allowed}")
+    vocab = (cfg.size + 1 if "1" in task.letters else len(task.letters)) + (cfg.target == "mask")
     return replace(cfg, vocab=vocab, shape=(cfg.size, cfg.size))
 
 
-def configure(**given) -> Config:
-    """The configuration for a task, with the scheme applied, and all `given` on top."""
-    values = asdict(Config()) | TASKS[accept("task", given.get("task", "maze"))].defaults
-    if "data" in given:
-        path = Path(accept("data", given["data"]) or "''") / "train.csv"
-        with reading(path, "a CSV file of questions and answers"), path.open(encoding="utf-8-sig") as lines:
-            values |= {"size": math.isqrt(len(next(csv.DictReader(lines))["question"])), "pick": 1}
-    return checked(values | SCHEMES[accept("scheme", given.get("scheme", values["scheme"]))] | given)
-
-
-def unchanged(saved: dict, wanted: dict, free) -> None:
-    """Raises `UserError` if an option that is not `free` has another value in a saved config than wanted."""
-    for name, value in wanted.items():
-        if name not in free and saved[name] != value:
-            raise UserError(f"{flag(name)} {quoted(saved[name])}, not {quoted(value)}")
-
-
-def finite(tensors) -> bool:
-    """Whether no number is infinite or NaN."""
-    return all(t.isfinite().all() for t in tensors)
+def seal(content: dict) -> str:
+    """A checksum of nested dicts, lists, numbers and tensors."""
+    numbers = lambda t: [f"{t.dtype}", *t.shape, zlib.crc32(t.cpu().numpy().tobytes())]  # noqa: E731
+    return f"{zlib.crc32(json.dumps(content, default=numbers).encode()):08x}"
 
 
 def write(path: Path, content: dict) -> None:
-    """Write JSON, non-finite numbers as text, or what torch.load reads; a full disk leaves the old file."""
+    """Write JSON, non-finite numbers as text, or a file for `read`; a full disk leaves the old file."""
     with replacing(path) as beside:
         if path.suffix == ".json":
             beside.write_text(json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1))
         else:
-            torch.save(content, buffer := io.BytesIO())
+            torch.save(content | {"seal": seal(content)}, buffer := io.BytesIO())
             beside.write_bytes(buffer.getvalue())
+
+
+def unchanged(saved: dict, wanted: dict, free: tuple) -> None:
+    """Raises `UserError` if an option that is not `free` has another value in a saved config than wanted."""
+    for name, value in wanted.items():
+        if name not in free and saved[name] != value:
+            raise UserError(f"{flag(name)} {saved[name]}, not {value}")
+
+
+def read(path: str | Path, what: str, wanted: dict, free: tuple) -> dict:
+    """What `write` wrote. Raises `UserError` if it is damaged, or its config is not as `wanted`."""
+    with reading(path, what):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.pop("seal") != seal(content):
+            raise UserError("damaged or edited")
+        unchanged(content["config"], wanted, free)
+    return content
 
 
 def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     """A model and the facts of its training; `given`: options AT_EVALUATION. Raises `UserError` if unfit."""
-    with reading(path, "a model.pt of this version"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        trained, weights = checked(content["config"]), content["model"]
-        facts = {**json.loads(json.dumps(content["facts"]))}
-        if trained.layers * (trained.T * (trained.n + 1) if trained.untied else 1) > len(weights):
-            raise UserError("fewer layers than its config says")
-        with torch.device("meta"):  # shapes alone: a wrong config costs nothing
-            LoopedModel(trained).load_state_dict(weights, assign=True)
-        if not finite(weights.values()):
-            raise UserError("weights that are not finite")
-    with reading(path, "evaluated as it was trained"):
-        unchanged(asdict(trained), given, AT_EVALUATION[: -1 if trained.mixer == "mlp" else None])  # no size
-    here = {name: getattr(Config, name) for name in (*LATER, "precision", "data")}
-    model = LoopedModel(checked(asdict(trained) | here | given))
-    model.load_state_dict(weights)
-    return place(model), facts
+    content = read(path, "a model.pt of this version, used as it was trained", given, AT_EVALUATION)
+    here = {name: getattr(Config, name) for name in (*LATER, "precision", "data") if name != "shape"}
+    with reading(path, "used for its task, and with the mlp mixer at its size"):
+        model = LoopedModel(configure(**content["config"] | here | given))
+        model.load_state_dict(content["model"])
+    return place(model), content["facts"]
 
 
-def snapshot(run: SimpleNamespace, cfg: Config, curve: list) -> dict:
-    """What `restore` needs to continue a training: on a CPU, as if it had never stopped."""
-    states = [run.model.state_dict(), run.averaged.state_dict(), run.optimizer.state_dict()["state"]]
-    numbers = torch.tensor([run.step, run.seconds, run.share], dtype=torch.double)
-    chance = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if run.done.is_cuda else [])]
-    tensors = [numbers, run.done, run.seen, run.order, *run.rows]
-    return {"config": asdict(cfg), "curve": curve, "states": states, "tensors": tensors, "chance": chance}
+def snapshot(run: SimpleNamespace) -> dict:
+    """The state of a training as plain data: all that `train` keeps, and that of the random numbers."""
+    state = {name: of.state_dict() if hasattr(of, "state_dict") else of for name, of in vars(run).items()}
+    return state | {"chance": torch.get_rng_state()}
 
 
-def restore(run: SimpleNamespace, content: dict) -> None:
-    """Bring back what `snapshot` took. Wrong content makes it, or torch, raise an error."""
-    pairs = [*zip(content["tensors"], snapshot(run, Config(), [])["tensors"], strict=True)]
-    model, averaged, optimizer = content["states"]
-    run.model.load_state_dict(model)
-    run.averaged.load_state_dict(averaged)
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": optimizer})
-    numbers, run.done, run.seen, run.order, *run.rows = (new.to(old.device) for new, old in pairs)
-    for p, of in run.optimizer.state.items():
-        pairs += [(of["exp_avg"], p), (of["exp_avg_sq"], p), (of["step"], torch.tensor(0.0))]
-    if any((new.shape, new.dtype) != (old.shape, old.dtype) for new, old in pairs):
-        raise UserError("other shapes or types")
-    if not finite([*model.values(), *averaged.values(), *(new for new, _ in pairs)]):
-        raise UserError("numbers that are not finite")
-    (step, run.seconds, run.share), (here, *cuda) = numbers.tolist(), content["chance"]
-    run.step = int(step)
-    torch.set_rng_state(here)
-    for saved in cuda:
-        torch.cuda.set_rng_state(saved)
+def restore(run: SimpleNamespace, state: dict) -> None:
+    """Bring back what `snapshot` took: on a CPU, training goes on as if it had never stopped."""
+    torch.set_rng_state(state.pop("chance"))
+    device = run.done.device
+    for name, new in state.items():
+        if hasattr(old := getattr(run, name), "load_state_dict"):
+            old.load_state_dict(new)
+        else:
+            setattr(run, name, [t.to(device) for t in new] if name == "rows" else new)
+    run.done, run.seen, run.order = (t.to(device) for t in (run.done, run.seen, run.order))
 
 
 def average(tensors: list) -> None:
@@ -1417,16 +1402,15 @@ def resized(model: LoopedModel, shape: tuple[int, int]) -> LoopedModel:
 
 def place(model: LoopedModel) -> LoopedModel:
     """The model on its device, in its precision, maybe compiled. Raises `UserError` without the device."""
-    cfg, rank = model.cfg, int(os.environ.get("LOCAL_RANK", 0))
-    found = {"cuda": torch.cuda.device_count() > rank, "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [name for name in found if found[name]]
-    name = there[0] if cfg.device == "auto" else cfg.device
-    if name not in there:
-        raise UserError(f"--device {name}: none for process {rank}; must be one of auto, {', '.join(there)}")
+    cfg, there = model.cfg, torch.accelerator.is_available()
+    best = torch.accelerator.current_accelerator().type if there else "cpu"
+    name = best if cfg.device == "auto" else cfg.device
+    if name not in (best, "cpu"):
+        raise UserError(f"--device {name}: not here; must be one of auto, {best}, cpu")
     model.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and name == "cuda")
     for net in model.nets if cfg.compile else ():
         net.compile()
-    return model.to(f"cuda:{rank}" if name == "cuda" else name)
+    return model.to(name)
 
 
 def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
@@ -1434,7 +1418,7 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
     task, parts, began = TASKS[cfg.task], [], time.monotonic()
     if cfg.data:
         path = Path(cfg.data) / ("test.csv" if split == "test" else "train.csv")
-        return read_csv(path, task, cfg.size, split, count, seed)
+        return read_csv(path, task, cfg.size, split, count, seed, cfg.views)
     pick, chunk = cfg.pick if split == "train" else 1, max(1, 240_000 // cfg.size**2)
     given = {name: getattr(cfg, name) for name in task.options}
     for k, done in enumerate(range(0, count, chunk)):
@@ -1443,96 +1427,74 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
         length = (some.x != some.y).sum(1).view(-1, pick)  # long solutions are rare and learned last
         parts.append(some[length.argmax(1) + pick * torch.arange(len(length))])
         if time.monotonic() - began > 2 and done + chunk < count:
-            end = "\r" if sys.stderr.isatty() else "\n"
-            print(
-                f"making {count} puzzles: {(done + chunk) / count:.0%}", end=end, file=sys.stderr, flush=True
-            )
-    return Puzzles(*(torch.cat(t) for t in zip(*parts, strict=True)))
-
-
-class Watch:
-    """The callback of `train`: shows progress, saves, and ends training after Ctrl-C or a lost loss."""
-
-    def __init__(self, cfg: Config, valid: Puzzles, path: Path | None, interrupts: list):
-        self.cfg, self.valid, self.path, self.interrupts = cfg, valid, path, interrupts
-        self.saved, self.failed, self.curve, self.facts = time.monotonic(), False, [], {}
-
-    def __call__(self, run: SimpleNamespace, loss: float | None) -> bool:
-        if loss is not None:
-            self.show(run, loss)
-        due = self.cfg.save_minutes and time.monotonic() - self.saved > 60 * self.cfg.save_minutes
-        if self.path and (due or self.interrupts):
-            self.saved = time.monotonic()
-            try:
-                write(self.path, snapshot(run, self.cfg, self.curve))
-            except OSError as e:
-                print(f"\nlrpi: {self.path}: {e.strerror}; not saved, training goes on", file=sys.stderr)
-                self.failed = True
-        ends = torch.tensor([run.share, bool(self.interrupts)], dtype=torch.double)
-        average([ends])  # all processes end together
-        run.share, stop = ends.tolist()
-        return stop > 0
-
-    def show(self, run: SimpleNamespace, loss: float) -> None:
-        """Facts, curve, and the progress line: rewritten on a terminal, elsewhere printed ten times."""
-        cfg, live, seen, took = self.cfg, sys.stdout.isatty(), RANKS * run.seen.item(), run.seconds
-        if not (math.isfinite(loss) and finite(run.model.parameters())):
-            raise UserError(f"the loss is not finite at update {run.step}; --lr {cfg.lr} may be too high")
-        self.facts = {"steps_done": run.step, "examples_seen": seen}
-        self.facts |= {"train_passes": run.step * cfg.T * (cfg.n + 1), "train_seconds": took}
-        if tenth := int(10 * run.share + 1e-6) > len(self.curve):
-            solved = TASKS[cfg.task].solved(self.valid.x, answer(run.averaged.module, self.valid.x)[0])
-            self.curve.append({**self.facts, "exact": solved.double().mean().item()})
-        if tenth or live:
-            share = min(1, run.share)
-            known = f"  validation solved {self.curve[-1]['exact']:.1%}" if self.curve else ""
-            line = f"{share:4.0%}  update {run.step}  loss {loss:.4f}{known}  {seen / took:.0f} examples/s"
-            line, end = f"{line}  {took / share - took:.0f} s left", "" if live and share < 1 else "\n"
-            print("\r\033[K" * live + line, end=end, flush=True)
+            print(f"making {count} puzzles: {(done + chunk) / count:.0%}", file=sys.stderr, flush=True)
+    return Puzzles(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def fit(cfg: Config, interrupts: list, path: Path | None = None, resume: bool = False) -> tuple:
     """A trained model, the facts of its training, and whether a checkpoint could not be saved."""
-    if cfg.batch_size % RANKS:
-        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the {RANKS} processes")
-    if resume:
-        with reading(path, "a training.pt of this command"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            unchanged(content["config"], asdict(cfg), LATER)
+    content = read(path, "a training.pt of this command", asdict(cfg), LATER) if resume else {"curve": []}
     torch.manual_seed(cfg.seed)
-    model = place(LoopedModel(cfg))
+    model, failed, facts = place(LoopedModel(cfg)), [], {"curve": content["curve"]}
     torch.manual_seed(cfg.seed + RANK)
     # each of N processes trains on every Nth puzzle, with 1 / N of the batch and its own noise
     seen = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
     data = make_puzzles(cfg, seen, "train", cfg.seed)[RANK::RANKS].to(model.y0.device)
-    data = Views(data, TASKS[cfg.task].views, cfg.size) if cfg.data and cfg.views else data
     valid = make_puzzles(cfg, min(200, cfg.test_size), "valid").to(model.y0.device)
-    watch = Watch(cfg, valid, None if RANK else path, interrupts)
+    saved, facts["longest"] = [time.monotonic()], (data.x != data.y).sum(1).max().item()
 
-    def resuming(run):
-        with reading(path, "a training.pt of this version"):
-            restore(run, content)
-            plain = json.loads(json.dumps(content["curve"]))
-            watch.curve = [{**at, "exact": float(at["exact"])} for at in plain]
+    def watch(run: SimpleNamespace, loss: float | None) -> bool:
+        """Shows progress, saves, and ends training after Ctrl-C or a lost loss."""
+        if loss is not None:
+            progress(run, loss, cfg, valid, facts)
+        due = cfg.save_minutes and time.monotonic() - saved[-1] > 60 * cfg.save_minutes
+        if path and not RANK and (due or interrupts):
+            saved.append(time.monotonic())
+            try:
+                write(path, {"config": asdict(cfg), "curve": facts["curve"], "run": snapshot(run)})
+            except OSError as e:
+                print(f"\nlrpi: {path}: {e.strerror}; not saved, training goes on", file=sys.stderr)
+                failed.append(path)
+        ends = torch.tensor([run.share, bool(interrupts)], dtype=torch.double)
+        average([ends])  # all processes end together
+        run.share, stop = ends.tolist()
+        return stop > 0
 
     local = replace(cfg, batch_size=cfg.batch_size // RANKS, examples=-(-cfg.examples // RANKS))
-    model = train(model, data, local, watch, average, resuming if resume else None)
-    return place(model), {**watch.facts, "curve": watch.curve}, watch.failed
+    resuming = (lambda run: restore(run, content["run"])) if resume else None
+    return place(train(model, data, local, watch, average, resuming)), facts, bool(failed)
+
+
+def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, facts: dict) -> None:
+    """Update the facts of a training; print a line of progress ten times, on a terminal all the time."""
+    if not (math.isfinite(loss) and all(p.isfinite().all() for p in run.model.parameters())):
+        raise UserError(f"the loss is not finite at update {run.step}; --lr {cfg.lr} may be too high")
+    share, seen = min(1, run.share), RANKS * run.seen.item()
+    tenth = int(10 * run.share + 1e-6) > len(facts["curve"])
+    now = {"steps_done": run.step, "examples_seen": seen, "train_seconds": run.seconds}
+    facts |= (now := now | {"train_passes": run.step * cfg.T * (cfg.n + 1)})
+    if tenth:
+        solved = TASKS[cfg.task].solved(valid.x, answer(run.averaged.module, valid.x)[0])
+        facts["curve"].append(now | {"exact": solved.double().mean().item()})
+    if tenth or sys.stdout.isatty():
+        known = f"validation solved {facts['curve'][-1]['exact']:.1%}  " if facts["curve"] else ""
+        line = f"{share:4.0%}  update {run.step}  loss {loss:.4f}  {known}{seen / run.seconds:.0f} examples/s"
+        left = f"{run.seconds / share - run.seconds:.0f} s left"
+        print(f"{line}  {left}", end="\n" if tenth else "\r", flush=True)
 
 
 def print_results(found: dict, longer: dict) -> None:
     """What `diagnose` found, a line for each step and each exit rule, and the thinking of each size."""
     print("\nstep solved  cells log pi(y*)         gain, 95%   margin    > 0 KL(c||u)    w*  at w*  verdict")
     line = "{:4} {:6.1%} {:6.1%} {:10.5f} {:8.5f} {:8.5f} {:8.5f} {:6.1%} {:8.5f} {:5.2f} {:6.1%}  {}"
-    names = ("exact", "cells", "logp", "margin", "margin_positive", "kl", "w_star")
+    names = ("exact", "cells", "logp", "gain_interval", "margin", "margin_positive", "kl", "w_star")
     for k, verdict in enumerate(found["verdict"]):
-        values = [found[name][k] for name in names]
-        values[3:3] = found["gain_interval"][k]
+        exact, cells, logp, gain, *more = (found[name][k] for name in names)
         words = verdict if verdict == "dead" else f"{verdict}, {found['step_size'][k]}"
-        print(line.format(k + 1, *values, found["guided_exact"][k][-1], words))
+        print(line.format(k + 1, exact, cells, logp, *gain, *more, found["guided_exact"][k][-1], words))
     print(f"\n{found['summary']}")
     if cut := found.get("cut"):
-        said = "without the dead steps, {changed} answers differ: {won} more are solved, {lost} no longer are"
+        said = "with the improving steps alone, {won} more puzzles are solved, and {lost} no longer are"
         print(said.format(**cut))
     print("\nexit by   solved  passes   (thresholds from validation puzzles)")
     for rule, of in found["halting"].items():
@@ -1544,39 +1506,36 @@ def print_results(found: dict, longer: dict) -> None:
         print(f"{f'{size} x {size}':18}", *(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
-def frames_of(model: LoopedModel, x: torch.Tensor, steps) -> tuple[list, str]:
-    """[(caption, answer [H, W], changed cells), ..] for x [H, W], until nothing moves; the outcome."""
-    cfg, inner, frames, now = model.cfg, ..., [("puzzle", x, torch.zeros_like(x))], x
-    if cfg.task == "maze" and cfg.mixer != "mlp":  # a rim of walls is not shown, as there is none in training
-        inner = tuple(slice(int(i.min()), int(i.max()) + 1) for i in (x != WALL).nonzero(as_tuple=True))
-    for s, step in enumerate(rollout(resized(model, x[inner].shape), x[inner].reshape(1, -1), steps), 1):
-        last, now = now, now.clone()
-        now[inner] = step.logits_c.argmax(-1).view_as(now[inner]).to(now.dtype)
-        solved = "solved" if TASKS[cfg.task].solved(x[None], now[None]) else "not solved"
+def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
+    """Propose and verify: puzzles x [N, H, W] that the checker rejects are tried again, in another view.
+
+    Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
+    """
+    flat, passes, (task, shape) = x.flatten(1), [], (TASKS[model.cfg.task], x.shape[1:])
+    model, views = resized(model, shape), [t.to(x.device) for t in task.views(tries, tuple(shape))]
+    for t in views:
+        t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
+    said, accepted = flat.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for view in zip(*views, strict=True):
+        rows = (accepted == 0).nonzero()[:, 0]
+        cell, new = (t.expand(len(rows), -1) for t in view)
+        found, taken = answer(model, look(flat[rows], cell, new), steps)
+        said[rows] = look(found, cell.argsort(1), new.argsort(1))
+        passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
+        accepted[rows[task.solved(x[rows], said[rows].view(-1, *shape))]] = len(passes)
+    return said.view_as(x), accepted, passes
+
+
+def frames_of(model: LoopedModel, x: torch.Tensor, steps) -> list:
+    """[(caption, answer [H, W], changed cells), ..] for x [H, W], until nothing moves."""
+    frames, now, task = [("puzzle", x, torch.zeros_like(x))], x, TASKS[model.cfg.task]
+    for s, step in enumerate(rollout(resized(model, x.shape), x.reshape(1, -1), steps), 1):
+        last, now = now, step.logits_c.argmax(-1).view_as(x).to(x.dtype)
+        solved = "solved" if task.solved(x[None], now[None]) else "not solved"
         frames.append((f"step {s}: {solved}, {(now != last).sum()} changed", now, now != last))
         if largest_change(step.logits_u, step.logits_c).max() <= 0.01:
             break
-    return frames, f"{solved} after {s} steps, confidence {step.logits_c.softmax(-1).amax(-1).min():.1%}"
-
-
-def draw_all(model: LoopedModel, test: Puzzles, found: dict, longer: dict, out: Path) -> list[str]:
-    """Every figure of a run, each with a title that says what it shows; returns the file names."""
-    task, exact, best = model.cfg.task, found["exact"], found["guided_exact"][-1][-1]
-    (size, of), early = list(longer.items())[-1], found["halting"]["kl"]
-    title = f"{task}, {model.cfg.scheme}: {exact[0]:.1%} of {len(test)} puzzles solved after step 1, "
-    title += f"{exact[-1]:.1%} after step {len(exact)}\n{found['summary']}"
-    names = [draw_improvement(found, title, out / "improvement.png")]
-    title = f"Guiding the last step by its own w* takes it from {exact[-1]:.1%} to {best:.1%} solved"
-    names.append(draw_guidance(found, title, out / "guidance.png"))
-    title = f"{task} {size} x {size}: {of['exact'][-1]:.0%} solved after {len(of['exact'])} steps. "
-    title += f"Exit by KL: {early['exact']:.1%}, with {early['passes']:.1f} of {found['passes']} passes"
-    names.append(draw_thinking(longer, found, title, out / "thinking.png"))
-    work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, and length of the solution
-    x, y, *_ = (grid(t[None])[0] for t in test[work.argsort(stable=True)[-max(1, len(test) // 100)]])
-    frames, outcome = frames_of(model, x, range(1, len(exact) + 1))
-    frames.append(("solution", y, torch.zeros_like(y)))
-    title = f"A held-out {task} from the hardest 1%: {outcome}"
-    return names + draw_frames(TASKS[task], frames, title, out / "solution")
+    return frames
 
 
 def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
@@ -1585,7 +1544,8 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
     test = make_puzzles(cfg, cfg.test_size, "test").to(device)
     valid = make_puzzles(cfg, min(cfg.test_size, max(20, 60_000 // cfg.size**2)), "valid", 1).to(device)
     print(f"evaluating on {len(test)} test and {len(valid)} validation puzzles", flush=True)
-    found = diagnose(model, test, valid, task.solved, range(1, (cfg.think or cfg.n_sup) + 1))
+    steps = range(1, (cfg.think or cfg.n_sup) + 1)
+    found = diagnose(model, test, valid, task.solved, steps)
     larger = () if cfg.mixer == "mlp" or cfg.data else (21, 31)
     for s in (cfg.size, *(s for s in larger if cfg.size < s and s in task.sizes)):
         count = max(5, min(24_000, test.x.numel()) // s**2)
@@ -1593,111 +1553,156 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
         measured = evaluate(resized(model, (s, s)), some, task.solved, range(1, 4 * cfg.n_sup + 1))
         longer[s] = {"puzzles": len(some), **measured}
     print_results(found, longer)
+    if cfg.tries > 1:
+        _, accepted, passes = attempts(model, grid(test.x), steps, cfg.tries)
+        print("\ntries   solved  passes (mean)")
+        for k in sorted({2**i for i in range(10) if 2**i < cfg.tries} | {cfg.tries}):
+            exact = ((accepted > 0) & (accepted <= k)).double().mean()
+            print(f"{k:5}  {exact:7.1%}  {sum(passes[:k]) / len(test):13.1f}")
     params = sum(p.numel() for p in model.parameters())
     exact, passes = found["halting"].get(cfg.halt, found["halting"]["none"]).values()
     how = f"{round(passes, 1):g} forward passes each" + f" (--halt {cfg.halt}, mean)" * (cfg.halt != "off")
     print(f"\n{exact:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters")
     if found["label"] != found["exact"]:
         print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
-    drawn = draw_all(model, test, found, longer, out) if cfg.figures else []
+    if cfg.figures:
+        draw_diagnosis(found, longer, out)
+        work = test.order.amax(1) + (test.x != test.y).sum(
+            1
+        )  # rounds of the solver, and length of the solution
+        x, y, *_ = (grid(t[None])[0] for t in test[work.argsort(stable=True)[-max(1, len(test) // 100)]])
+        frames = [*frames_of(model, x, steps), ("solution", y, torch.zeros_like(y))]
+        title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
+        draw_frames(task, frames, title, out / "solution")
     for of in (found, *longer.values()):
         del of["each"]
     metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
     metrics |= {"device": str(device), "torch": torch.__version__, **facts, **found, "thinking": longer}
     metrics |= {"config": asdict(cfg), "total_seconds": round(time.perf_counter() - started, 2)}
     write(out / "metrics.json", metrics)
-    print(f"{metrics['total_seconds']:.0f} s in all; wrote {', '.join(['metrics.json', *drawn])} in {out}")
-
-
-def run_arm(cfg: Config, path: Path, interrupts: list) -> dict:
-    """Train and test one scheme with one seed, and write the run to `path` unless it was interrupted."""
-    model, facts, _ = fit(cfg, interrupts)
-    test = make_puzzles(cfg, cfg.test_size, "test").to(model.y0.device)
-    result, params = evaluate(model, test, TASKS[cfg.task].solved), sum(p.numel() for p in model.parameters())
-    run = {"exact": result["exact"], "passes": result["passes"], "params": params, **facts}
-    run["config"] = asdict(cfg)
-    if not (RANK or interrupts):
-        write(path.with_suffix(".pt"), {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
-        write(path, run)
-    return run
+    print(f"{metrics['total_seconds']:.0f} s in all; results are in {out}")
 
 
 def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
-    """Train all that --compare names, unless a run is there; print, write and draw. The exit code."""
-    arms, runs, found = {}, {}, {}
-    spent = ("examples_seen", "train_passes", "train_seconds")
+    """Run all that --compare names, unless the results are there; print, write and draw. The exit code."""
+    arms, runs, found, means = {}, {}, {}, []
     for name in text.split(","):
         own = parse([f"--{part}" for part in f"scheme={name}".split("+")])
-        if (shared := own.keys() & {"task", "seed", *AT_EVALUATION, *COMMANDS}) or name in arms:
-            raise UserError(f"--compare {quoted(name)}: must not stand twice, or have {[*map(flag, shared)]}")
+        if (shared := own.keys() & {"seed", *AT_EVALUATION, *COMMANDS}) or name in arms:
+            raise UserError(f"--compare {name}: must not stand twice, or have {[*map(flag, shared)]}")
         arms[name] = configure(**given | own)
     first = arms[name]
-    out = prepare_folder(first.out or f"runs/{first.task}-compare")
-    todo = [(name, replace(cfg, seed=cfg.seed + k)) for k in range(seeds) for name, cfg in arms.items()]
-    todo = {out / f"{name}-{cfg.seed}.json": cfg for name, cfg in todo}
-    for path in filter(Path.exists, todo):  # all are checked before the first starts
+    folder = prepare_folder(first.out or f"runs/{first.task}-compare")
+    for k, (name, cfg) in itertools.product(range(seeds), arms.items()):
+        cfg = replace(cfg, seed=cfg.seed + k, figures=False, out=str(folder / f"{name}-{cfg.seed + k}"))
+        path = Path(cfg.out) / "metrics.json"
+        halfway = path.with_name("training.pt").exists()
+        if (halfway or not path.exists()) and (code := learn(cfg, interrupts, halfway)):
+            return code
         with reading(path, "a run of this command, or be removed"):
-            runs[path] = run = json.loads(path.read_text())
-            unchanged(run["config"], asdict(todo[path]), (*ELSEWHERE, "shape"))
-            numbers = [at[key] for at in run["curve"] for key in ("exact", *spent)]
-            numbers += [run["exact"][-1], *(run[key] for key in ("passes", "params", *spent))]
-            if not finite([torch.tensor(numbers)]):
+            run = json.loads(path.read_text())
+            unchanged(run["config"], json.loads(json.dumps(asdict(cfg))), ELSEWHERE)
+            if not all(map(math.isfinite, [run["exact"][-1], *(run[key] for key in SPENT)])):
                 raise UserError("numbers that are not finite")
-    for i, (path, cfg) in enumerate(todo.items(), 1):
-        print(f"\n{path.stem}, run {i} of {len(todo)}" + ", is there already" * (path in runs))
-        runs[path] = runs[path] if path in runs else run_arm(cfg, path, interrupts)
-        if interrupts:
-            print("interrupted; the same command continues after the last finished run")
-            return 130
-        print(f"{runs[path]['exact'][-1]:.1%} of the test puzzles solved")
+        runs.setdefault(name, []).append(run)
     print("\nsolved, least to most    passes     params  examples  passes in training  seconds  scheme")
-    for i, name in enumerate(arms):
-        of = [runs[path] for path in [*todo][i :: len(arms)]]
+    for name, of in runs.items():
         exact = [run["exact"][-1] for run in of]
-        medians = {key: sorted(run[key] for run in of)[len(of) // 2] for key in ("passes", "params", *spent)}
-        found[name] = {"exact": sum(exact) / len(of), "least": min(exact), "most": max(exact), **medians}
+        medians = [sorted(run[key] for run in of)[len(of) // 2] for key in SPENT]
         line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
-        print(line.format(*found[name].values(), name))
-        found[name]["runs"] = of
-    best = max(found, key=lambda name: found[name]["exact"])
-    title = f"{first.task}: {best} solves the most test puzzles, {found[best]['exact']:.1%} on average"
+        print(line.format(mean := sum(exact) / len(of), min(exact), max(exact), *medians, name))
+        means.append(f"{name} {mean:.1%}")
+        found[name] = [{key: run[key] for key in ("exact", "curve", "verdict", *SPENT)} for run in of]
     if not RANK:
-        write(out / "compare.json", {"task": first.task, "torch": torch.__version__, "arms": found})
+        write(folder / "compare.json", {"task": first.task, "torch": torch.__version__, "arms": found})
     if not RANK and first.figures:
-        draw_comparison(found, title, out / "compare.png")
+        draw_comparison(found, f"{first.task}, on average: {', '.join(means)}", folder / "compare.png")
     return 0
 
 
-def solve(given: dict, source: str, checkpoint: str | None) -> int:
-    """Solve the puzzles in the file `source` (or "-", standard input) and print every step. The exit code."""
+def inside(x: torch.Tensor) -> torch.Tensor:
+    """A maze [H, W] without its rim, as in training; start and goal in the rim move to the cell inside."""
+    rim = F.pad(torch.zeros_like(x[1:-1, 1:-1], dtype=torch.bool), (1, 1, 1, 1), value=True)
+    if min(x.shape) < 3 or (x[rim] == OPEN).any():
+        return x
+    inner = x[1:-1, 1:-1].clone()
+    for end in (START, GOAL):
+        row, col = (torch.where(x == end)[k][0].item() - 1 for k in (0, 1))
+        inner[min(max(row, 0), len(inner) - 1), min(max(col, 0), inner.shape[1] - 1)] = end
+    return inner
+
+
+def outside(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """The answer to x [H, W] that follows from one to inside(x)."""
+    if answer.shape != x.shape:
+        marked = (x[1:-1, 1:-1] == OPEN) & (answer > OPEN)  # start and goal are in the rim again
+        answer, inner = x.clone(), answer.to(x.dtype).masked_fill(marked, PATH)
+        answer[1:-1, 1:-1] = inner
+    return answer
+
+
+def solve(given: dict, source: str, checkpoint="", answers="", steps_shown=False) -> int:
+    """Solve and check the puzzles of a text. The exit code: 0; 1 if some are not solved; 2 for bad input."""
     with reading(source, "a text file with puzzles, or -"):
         text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
         newest = sorted(Path("runs").glob(f"{given.get('task', 'maze')}-*/model.pt"), key=os.path.getmtime)
         if not (newest or checkpoint):
             raise UserError("no trained model in runs/, and no --checkpoint")
-    model, _ = load_checkpoint(path := checkpoint or str(newest[-1]), **given)
-    cfg, task, code = model.cfg, TASKS[model.cfg.task], 0
-    out, letters = prepare_folder(cfg.out) if cfg.out else None, task.letters(cfg.size) + "?"
+    model, facts = load_checkpoint(checkpoint or newest[-1], **{"tries": 16} | given)
+    cfg, task, puzzles, found, written = model.cfg, TASKS[model.cfg.task], {}, {}, []
     steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 4)) + 1)
-    if not (every := boards(text, task)):
-        raise UserError(f"--solve {quoted(source)}: empty; must be a text file with puzzles, or -")
-    print(f"{len(every)} of task {cfg.task}, by {path}; ' marks what a step changed")
-    for k, rows in enumerate(every, 1):
+    if not (every := boards(text, task, cfg.size)):
+        raise UserError(f"{source}: no puzzles; must be a text file with puzzles, or -")
+    for line, rows in every:
         try:
-            x = read_board(rows, task, cfg.size, task.glyphs or cfg.mixer == "mlp")[0]
+            puzzles[line] = read_board(rows, line, task, cfg)
         except UserError as e:
-            print(f"lrpi: {quoted(source)}, {e}", file=sys.stderr)
-            code = 2
-            continue
-        frames, outcome = frames_of(model, x.to(model.y0.device), steps)
-        for caption, tokens, changed in frames:
-            print(f"\n{caption}")
-            for row in torch.stack([tokens, changed], 2).tolist():
-                print("".join(letters[token] + " '"[new] for token, new in row).rstrip())
-        print(f"\npuzzle {k}, {rows[0][0][0].split(',')[0]}: {outcome}", flush=True)
-        if out:
-            print("wrote", *draw_frames(task, frames, f"{cfg.task} {k}: {outcome}", out / f"puzzle-{k}"))
-    return code
+            print(f"lrpi: {source}, {e}", file=sys.stderr)
+    for shape in {asked.shape for *_, asked in puzzles.values()}:
+        lines = [line for line, (*_, asked) in puzzles.items() if asked.shape == shape]
+        some = torch.stack([puzzles[line][2] for line in lines]).to(model.y0.device)
+        found |= zip(lines, zip(*attempts(model, some, steps, cfg.tries)[:2], strict=True), strict=True)
+    for line, (x, y, asked) in puzzles.items():
+        said, tried = outside(x, found[line][0].cpu()), found[line][1].item()
+        good = task.solved(x[None], said[None]).item()
+        words = f"solved (checked), try {tried}" if good else f"not solved: {(said != y).sum()} cells wrong"
+        more, most = (x != y).sum().item(), facts.get("longest", math.inf)
+        words += f"; {more} cells to find, at most {most} in training" * (more > most)
+        if cfg.task == "sudoku" and (other_solutions(x.view(1, -1), y.view(1, -1)).view_as(y) != y).any():
+            words += "; several solutions"
+        if steps_shown or len(every) == 1:
+            frames = [(c, outside(x, now), marks) for c, now, marks in frames_of(model, asked, steps)]
+            for caption, now, _ in [*frames, (words, said, None)]:
+                drawn = ["".join(task.letters[t] for t in row) for row in now.tolist()]
+                print(f"\n{caption}", *drawn, sep="\n")
+            if cfg.out:
+                print("wrote", *draw_frames(task, frames, words, prepare_folder(cfg.out) / f"line-{line}"))
+        print(f"line {line}: {words}", flush=True)
+        written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
+    right = sum(map(bool, written))
+    print(f"{right} of {len(every)} solved by {checkpoint or newest[-1]}")
+    if answers:
+        with reading(answers, "a file to write to"), replacing(Path(answers)) as beside:
+            beside.write_text("\n".join([*written, ""]))
+    return 2 if len(puzzles) < len(every) else int(right < len(every))
+
+
+def learn(cfg: Config, interrupts: list, resume: bool = False, started: float | None = None) -> int:
+    """Train a model, write it, and report on it. The exit code."""
+    out, began = Path(cfg.out or f"runs/{cfg.task}-{cfg.scheme}"), time.perf_counter()
+    if not resume:
+        prepare_folder(out)
+    print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}: see {out}", flush=True)
+    model, facts, failed = fit(cfg, interrupts, out / "training.pt", resume)
+    if RANK:
+        return 0
+    write(out / "model.pt", {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
+    report(model, facts, out, started or began)
+    if interrupts:
+        print("\nlrpi: interrupted, saved and evaluated; --resume continues training", file=sys.stderr)
+    elif (out / "training.pt").is_file():
+        (out / "training.pt").unlink()
+    return 130 if interrupts else 2 * failed
 
 
 def prepare_folder(path: str) -> Path:
@@ -1711,54 +1716,45 @@ def prepare_folder(path: str) -> Path:
 def parse(argv) -> dict:
     """The options on the command line that were given. Raises `UserError`."""
 
-    def fail(message):  # in one line, without the usage of sixty options before it
-        raise UserError(" ".join(message.removeprefix("argument ").split())[:200])
+    def fail(message):  # without the usage of sixty options before it
+        raise UserError(message.removeprefix("argument "))
 
     parser = argparse.ArgumentParser("lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error, modes = fail, parser.add_mutually_exclusive_group()
-    presets = {name: of.defaults for name, of in TASKS.items()} | SCHEMES
-    for k, (name, (kind, _, _, text)) in enumerate(OPTIONS.items()):
-        if name not in COMMANDS:
-            own = [f"{of}: {values[name]}" for of, values in presets.items() if name in values]
-            own = ", ".join([str(getattr(Config, name)), *own])
-            text = f"{text}; {allowed(name)} [{own}]".replace("%", "%%")
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": "VALUE"}
+    known = COMMANDS | {name: (getattr(Config, name), text) for name, (text, *_) in OPTIONS.items()}
+    for k, (name, (default, text)) in enumerate(known.items()):
+        how = {"type": type(default), "choices": CHOICES.get(name), "metavar": "VALUE"}
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else how
         how |= {"nargs": "?", "const": "kl"} if name == "halt" else {}
+        text += f": {', '.join(CHOICES[name])}" if name in CHOICES else ""
+        low, high = OPTIONS.get(name, ("", 0, 0))[1:]
+        text = (text + f", from {low:g} to {high:g}" * (high > 0) + f" [{default}]").replace("%", "%%")
         (modes if k < 4 else parser).add_argument(flag(name), help=text, default=argparse.SUPPRESS, **how)
-    return {name: accept(name, value) for name, value in vars(parser.parse_args(argv)).items()}
+    return vars(parser.parse_args(argv))
 
 
 def run(given: dict, started: float, interrupts: list) -> int:
     """Do what one of the COMMANDS asks for; without any, train a model and report on it. The exit code."""
-    for name, other in WITH + WITHOUT:
-        if name in given and (other in given) != ((name, other) in WITH):
-            how = f"with{'out' * (other in given)} {flag(other)}"
-            raise UserError(f"{flag(name)} {quoted(given[name])}: must go {how}")
     asked = {name: given.pop(name) for name in COMMANDS if name in given}
+    for command, others in TOGETHER.items():
+        for name in [name for name in others if name in asked and command not in asked]:
+            raise UserError(f"{flag(name)} {asked[name]}: must go with {flag(command)}")
+    for command, others in APART.items():
+        for name in [name for name in others if name in given and command in asked]:
+            raise UserError(f"{flag(name)} {given[name]}: must go without {flag(command)}")
     if given.get("figures", True):
         import matplotlib
 
         matplotlib.use("Agg")  # draw to files; and if it is missing, say so now and not after the training
     if "solve" in asked:
-        return solve(given, asked["solve"], asked.get("checkpoint"))
+        return solve(given, asked.pop("solve"), **asked)
     if "compare" in asked:
         return compare(given, asked["compare"], asked.get("seeds", 1), interrupts)
-    model, facts = load_checkpoint(asked["eval"], **given) if "eval" in asked else (None, {})
-    cfg, failed = model.cfg if model else configure(**given), False
-    folder = Path(asked["eval"]).parent / "eval" if model else f"runs/{cfg.task}-{cfg.scheme}"
-    out = prepare_folder(cfg.out or folder)
-    print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}: see {out}", flush=True)
-    if not model:
-        model, facts, failed = fit(cfg, interrupts, out / "training.pt", asked.get("resume", False))
-        if RANK:
-            return 0
-        write(out / "model.pt", {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
-        if interrupts:
-            print("\nlrpi: interrupted, saved, now evaluated; --resume continues training", file=sys.stderr)
-        elif (out / "training.pt").is_file():
-            (out / "training.pt").unlink()
-    report(model, facts, out, started)
-    return 130 if interrupts else 2 * failed
+    if "eval" not in asked:
+        return learn(configure(**given), interrupts, asked.get("resume", False), started)
+    model, facts = load_checkpoint(asked["eval"], **given)
+    report(model, facts, prepare_folder(model.cfg.out or Path(asked["eval"]).parent / "eval"), started)
+    return 0
 
 
 def main(argv=None, started: float | None = None) -> int:
@@ -1793,7 +1789,8 @@ def main(argv=None, started: float | None = None) -> int:
         if RANKS > 1 and dist.is_initialized():
             dist.destroy_process_group()
     if not RANK:
-        print(f"lrpi: {message}", file=sys.stderr)
+        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        print("lrpi:", line if len(line) < 450 else f"{line[:220]} .. {line[-220:]}", file=sys.stderr)
     return 2
 
 
