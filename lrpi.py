@@ -841,7 +841,7 @@ def sudoku_kind(y: torch.Tensor) -> torch.Tensor:
         P = torch.einsum("nacd,nbce->nabde", lines, lines)  # the permutation of digits from line a to line b
         cubes = (P @ P @ P).diagonal(dim1=3, dim2=4).sum(3)  # traces: they tell the lengths of its cycles
         kind += ((cubes + 10 * (P @ P).diagonal(dim1=3, dim2=4).sum(3)) ** 2 % 1009).sum((1, 2)).long()
-    return F.pad(kind[:, None], (0, size**2 - 1))
+    return F.pad((kind * 2654435761 >> 16)[:, None], (0, size**2 - 1))  # mixed: all of `kind` are even
 
 
 def minimal(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -1270,7 +1270,7 @@ CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS,
 CHOICES |= {"device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16")}
 ELSEWHERE = ("device", "out", "figures", "compile", "save_minutes", "shape")  # do not affect results
 LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")  # may differ when training is resumed
-AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size", "task")  # may differ at evaluation
+AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size")  # may differ at evaluation
 COMMANDS = {  # {name: (default, help)}; without any of the first four, a model is trained
     "eval": ("", "evaluate this model.pt; do not train"),
     "solve": ("", "solve the puzzles in this text file, or - for standard input"),
@@ -1361,7 +1361,7 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     """A model and the facts of its training; `given`: options AT_EVALUATION. Raises `UserError` if unfit."""
     content = read(path, "a model.pt of this version, used as it was trained", given, AT_EVALUATION)
     here = {name: getattr(Config, name) for name in (*LATER, "precision", "data") if name != "shape"}
-    with reading(path, "used for its task, and with the mlp mixer at its size"):
+    with reading(path, "used with options that fit, and with the mlp mixer at its size"):
         model = LoopedModel(configure(**content["config"] | here | given))
         model.load_state_dict(content["model"])
     return place(model), content["facts"]
@@ -1585,10 +1585,12 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
 
 def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
     """Run all that --compare names, unless the results are there; print, write and draw. The exit code."""
-    arms, runs, found, means = {}, {}, {}, []
+    arms, found, means = {}, {}, []
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: must be at least 1")
     for name in text.split(","):
         own = parse([f"--{part}" for part in f"scheme={name}".split("+")])
-        if (shared := own.keys() & {"seed", *AT_EVALUATION, *COMMANDS}) or name in arms:
+        if (shared := own.keys() & {"task", "seed", *AT_EVALUATION, *COMMANDS}) or name in arms:
             raise UserError(f"--compare {name}: must not stand twice, or have {[*map(flag, shared)]}")
         arms[name] = configure(**given | own)
     first = arms[name]
@@ -1602,17 +1604,18 @@ def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
         with reading(path, "a run of this command, or be removed"):
             run = json.loads(path.read_text())
             unchanged(run["config"], json.loads(json.dumps(asdict(cfg))), ELSEWHERE)
-            if not all(map(math.isfinite, [run["exact"][-1], *(run[key] for key in SPENT)])):
+            numbers = [at[key] for at in run["curve"] for key in ("exact", *SPENT[2:])]
+            if not torch.tensor([*numbers, run["exact"][-1], *(run[key] for key in SPENT)]).isfinite().all():
                 raise UserError("numbers that are not finite")
-        runs.setdefault(name, []).append(run)
+            wanted = ("exact", "curve", "verdict", "config", *SPENT)
+            found.setdefault(name, []).append({key: run[key] for key in wanted})
     print("\nsolved, least to most    passes     params  examples  passes in training  seconds  scheme")
-    for name, of in runs.items():
+    for name, of in found.items():
         exact = [run["exact"][-1] for run in of]
         medians = [sorted(run[key] for run in of)[len(of) // 2] for key in SPENT]
         line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
         print(line.format(mean := sum(exact) / len(of), min(exact), max(exact), *medians, name))
         means.append(f"{name} {mean:.1%}")
-        found[name] = [{key: run[key] for key in ("exact", "curve", "verdict", *SPENT)} for run in of]
     if not RANK:
         write(folder / "compare.json", {"task": first.task, "torch": torch.__version__, "arms": found})
     if not RANK and first.figures:

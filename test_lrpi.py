@@ -119,7 +119,7 @@ def symmetric_views(cells, side):
 
 
 @pytest.mark.parametrize("task, size, count", [
-    ("maze", 5, 300), ("maze", 11, 300), ("sudoku", 4, 60), ("sudoku", 9, 30), ("nqueens", 6, 60),
+    ("maze", 5, 300), ("maze", 11, 300), ("sudoku", 6, 60), ("sudoku", 9, 12), ("nqueens", 6, 60),
 ])  # fmt: skip
 def test_splits_share_nothing_under_the_8_symmetries(task, size, count):
     """No walls of mazes, solutions of sudokus, questions of queens. The seed alone decides what is made."""
@@ -494,7 +494,7 @@ def trained_model(data, cfg, callback=None, seed=0, **given):
 
 def test_learns_5x5_mazes():
     """Untrained, the model solves none of these mazes; after 5 seconds of training, most of them."""
-    cfg, seen = lrpi.configure(size=5, width=32, ffn=64, examples=2400), []
+    cfg, seen = lrpi.configure(size=5, width=32, ffn=64, examples=2400, linger=0.0), []
     model, _ = trained_model(lrpi.make_mazes(2400, 5), cfg, lambda run, loss: seen.append((run.step, loss)))
     losses = [loss for _, loss in seen if loss is not None]
     assert seen[-1][0] == len(seen) == 1200 and 190 <= len(losses) <= 200, "12 rows, 6 steps each"
@@ -506,7 +506,7 @@ def test_learns_5x5_mazes():
 def test_training_is_a_pair_of_nested_loops(target, monkeypatch):
     """AdamW, warm-up and cosine by hand; all noise is 1. Weights move by 0.03; atol 1e-6."""
     given = {"examples": 12, "n_sup": 3, "batch_size": 4, "warmup": 2, "ema": 0.0, "noise": 0.3, "pace": 2}
-    cfg, phi, calls = tiny(target=target, step_index=True, **given), lrpi.TARGETS[target], []
+    cfg, phi, calls = tiny(target=target, step_index=True, linger=0.0, **given), lrpi.TARGETS[target], []
     data, state = lrpi.make_mazes(40, 5), ()
 
     def spy(puzzles, s, u, cfg):
@@ -686,20 +686,20 @@ def test_evaluation_against_plain_loops(monkeypatch):
 
 
 def test_verdicts_on_steps_built_to_improve_do_nothing_or_harm_and_their_intervals(monkeypatch):
-    """With noise of 1 on every logit: a step that only draws new noise is dead, however large its KL."""
+    """With noise of 1 on every logit: a step that only draws new noise moves, and no gain is shown."""
     puzzles, model = lrpi.make_mazes(600, 5, "test"), lrpi.LoopedModel(tiny(n_sup=5))
     test, valid = puzzles[:300], puzzles[300:]
     synthetic(monkeypatch, puzzles, [0.0, 2.0, 2.0, 3.0, 2.0, 2.0], spread=1.0)
     found = lrpi.diagnose(model, test, valid, lrpi.maze_solved)
-    assert found["verdict"] == ["improves", "dead", "improves", "harms", "dead"]
-    assert "step 4 harms" in found["summary"] and "40% of the forward passes" in found["summary"]
+    assert found["verdict"] == ["improves", "moves", "improves", "harms", "moves"]
+    assert "harms: step 4; moves: step 5. 2 of 5 steps improve" in found["summary"]
     assert found["kl"][1] > 0.1 and found["step_size"][3] == "overshoots"
     synthetic(monkeypatch, puzzles, [0.0, 2.0, 2.0, 2.0, 2.0, 3.0])
     found = lrpi.diagnose(model, test, valid, lrpi.maze_solved)
     assert found["verdict"] == ["improves", "dead", "dead", "dead", "improves"]
     assert found["step_size"][0] == found["step_size"][4] == "too timid", "all residuals favour the label"
     assert found["w_star"][0] == math.inf and all(math.isnan(w) for w in found["w_star"][1:4])
-    assert found["cut"] == {"changed": 0, "lost": 0, "won": 0}, "without the dead steps"
+    assert found["cut"] == {"lost": 0, "won": 0}, "without the dead steps"
     # 60 sets of 5 means of 0: all intervals hold it in 57, 3 sigma: 52. Ends to a fifth of the width.
     values, rng = torch.randn(60, 200, 5, generator=generator()), random.Random(0)
     right = sum(all(low <= 0 <= high for low, high in lrpi.intervals(v, 600)) for v in values)
@@ -799,8 +799,9 @@ def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_l
         with Image.open(out / name) as image:
             assert image.format == name[-3:].upper() and len(image.convert("RGB").getcolors(10**6)) > 5
             assert name[-3:] == "png" or 4 <= image.n_frames <= 7, "puzzle, three steps, solution"
-    expected = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 9, "examples_seen": 120}
+    expected = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 9}
     assert expected.items() <= found.items() and found["config"]["seed"] == 5 and len(found["curve"]) == 10
+    assert 120 <= found["examples_seen"] < 135 and found["longest"] <= 15
     assert found["params"] == sum(w.numel() for w in weights(out)) - 32, "y0 and z0 are not trained"
     assert found["halting"]["none"] == {"exact": found["exact"][2], "passes": 9}
     assert all(len(found[name]) == 3 for name in ("exact", "verdict", "w_star", "kl", "gain_interval"))
@@ -832,13 +833,13 @@ def test_other_options(capsys, monkeypatch):
     assert command(f"{QUICK} {line} --budget-seconds 0.1") == 0 and compiled
     found, said = read("o"), capsys.readouterr()
     assert [*found["halting"]] == ["none", "kl", "change", "head"] and [*found["thinking"]] == ["5"]
-    assert all(words in said.out for words in ("\r\033[K", "100%", " s left", "(--halt head"))
+    assert all(words in said.out for words in ("examples/s\r", "100%", " s left", "(--halt head"))
     assert re.search(r"making 30000 puzzles: \d+%", said.err) and found["train_seconds"] >= 0.1
     with pytest.raises(SystemExit, match="0"):
         command("--help")
     text, names = " ".join(capsys.readouterr().out.split()), lrpi.Config.__dataclass_fields__.keys()
     assert all(f" --{name.replace('_', '-')}" in text for name in names - {"vocab", "shape"})
-    assert "from 1 to 1000 [6, one-pass: 1, trm: 16," in text and "one of auto, cuda, mps, cpu" in text
+    assert "from 1 to 1000 [6]" in text and ": auto, cuda, mps, cpu [auto]" in text
 
 
 @pytest.mark.parametrize("given", ["", "--ema 0 --mixer conv ", "--scheme trm --T 1 --n 1 "])
@@ -879,21 +880,20 @@ def compared(tmp_path_factory):
 
 def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(compared, capsys):
     names = [f"{arm}-{seed}" for arm in ARMS for seed in (0, 1)]
-    runs, found = [read(compared, name) for name in names], read(compared, "compare")["arms"]
-    files = {f"{name}{end}" for name in names for end in (".json", ".pt")}
-    assert set(contents(compared)) == {"compare.json", "compare.png", *files}
-    assert [*found] == ARMS and [of["passes"] for of in found.values()] == [6, 6, 36]
+    runs, found = [read(compared / name) for name in names], read(compared, "compare")["arms"]
+    assert set(contents(compared)) == {"compare.json", "compare.png"} and [*found] == ARMS
+    assert {path.name for path in compared.iterdir() if path.is_dir()} == {*names}
     for k, of in enumerate(found.values()):
-        last = [run["exact"][-1] for run in of["runs"]]
-        assert of["runs"] == runs[2 * k : 2 * k + 2]
-        assert (of["least"], of["most"], of["exact"]) == (min(last), max(last), pytest.approx(sum(last) / 2))
-        assert all(len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96 for run in of["runs"])
+        for run, record in zip(runs[2 * k : 2 * k + 2], of, strict=True):
+            assert record.items() <= run.items() and record["passes"] == (6, 6, 36)[k]
+            assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
     with ctrl_c(runs[0]["steps_done"] + 3):  # in the middle of the second run
         assert command(f"{COMPARE} o") == 130
-    before = contents("o")
-    assert len(before) == 2 and command(f"{COMPARE} o --no-figures") == 0
-    assert "is there already" in capsys.readouterr().out and before.items() <= contents("o").items()
-    assert [read("o", name)["exact"] for name in names] == [run["exact"] for run in runs]
+    before = [contents(Path("o") / name) for name in names[:1]]
+    capsys.readouterr()
+    assert command(f"{COMPARE} o --no-figures") == 0
+    assert before == [contents(Path("o") / name) for name in names[:1]] and "compare.json" in contents("o")
+    assert [read(f"o/{name}")["exact"] for name in names] == [run["exact"] for run in runs]
 
 
 # --- Puzzles of your own: text and CSV files ----------------------------------------------------------------
@@ -910,35 +910,39 @@ BOARDS = {  # {task: (a text, its two boards)}
 def model_of(task):
     torch.manual_seed(0)
     model = lrpi.LoopedModel(lrpi.configure(task=task, width=8, ffn=8, n_sup=2, mixer="conv"))
-    torch.save({"config": asdict(model.cfg), "model": model.state_dict(), "facts": {}}, "m.pt")
+    lrpi.write(Path("m.pt"), {"config": asdict(model.cfg), "model": model.state_dict(), "facts": {}})
     return model
 
 
 @pytest.mark.parametrize("task", [*BOARDS])
 def test_solving_reads_cell_by_cell_and_prints_what_a_plain_rollout_answers(task, capsys, monkeypatch):
     """From standard input with a byte-order mark, and from a file written by Windows."""
-    (text, expected), model, shown = BOARDS[task], model_of(task), []
+    (text, expected), model, shown, letters = BOARDS[task], model_of(task), [], lrpi.TASKS[task].letters
     data = ("\N{BYTE ORDER MARK}" + text).encode()
     Path("p.txt").write_bytes(data.replace(b"\n", b"\r\n"))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
     for source in ("-", "p.txt --out o"):
-        assert command(f"--task {task} --checkpoint m.pt --think 1 --solve {source}") == 0
-        parts = re.split(r"\n\n(?=puzzle\n|step 1)", capsys.readouterr().out)[1:]
-        parts = [part.split("\n\n")[0].split("\n")[1:] for part in parts]
-        shown.append(["\n".join("".join(line[::2]).rstrip() for line in part) for part in parts])
+        line = f"--task {task} --checkpoint m.pt --think 1 --tries 1 --steps-shown --solve {source}"
+        assert command(line) == 1, "an untrained model"
+        parts = [part.split("\n") for part in capsys.readouterr().out.strip("\n").split("\n\n")]
+        parts = [rows[1:] for rows in parts if rows[0] == "puzzle" or rows[0].startswith("step 1: not solved")]
+        shown.append(["\n".join(row.rstrip() for row in rows) for rows in parts])
     assert shown[0] == shown[1] and shown[0][::2] == expected and len(contents("o")) == 4
     for asked, said in zip(expected, shown[0][1::2], strict=True):
         if asked[:5] == "#####":
-            asked, said = "S G", said[7:10]  # the rim is not shown to models
-        rows, letters = asked.split("\n"), lrpi.TASKS[task].letters(9)
+            asked, said = "S G", said[7:10].replace("o", "?")  # the rim is not shown to models
+        rows = asked.split("\n")
         x = torch.tensor([[letters.index(c) for c in row.ljust(len(rows[0]))] for row in rows])
         answer, _ = lrpi.answer(lrpi.resized(model, x.shape), x.view(1, -1), range(1, 2))
-        assert "\n".join("".join(letters[t] for t in row).rstrip() for row in answer.view(x.shape)) == said
+        answer = ["".join(letters[t] for t in row).rstrip() for row in answer.view(x.shape)]
+        if asked == "S G":  # there, start and goal where they cannot be count as marks
+            answer[0] = answer[0][0] + re.sub("[SGo]", "?", answer[0][1]) + answer[0][2:]
+        assert "\n".join(answer) == said
 
 
 def write_csv(name, task, puzzles):
     """With a byte-order mark and empty lines."""
-    letters, pairs = lrpi.TASKS[task].letters(9), rows_of(puzzles.x, puzzles.y)
+    letters, pairs = lrpi.TASKS[task].letters, rows_of(puzzles.x, puzzles.y)
     texts = (",".join("".join(letters[t] for t in of) for of in pair) for pair in pairs)
     text = "\n\nme,".join(["\N{BYTE ORDER MARK}source,question,answer", *texts])
     Path(f"{name}.csv").write_text(text, encoding="utf-8")
@@ -951,16 +955,18 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size):
     train, test = of.make(300, size, "train"), of.make(40, size, "test")
     write_csv("train", task, train)
     write_csv("test", task, test)
-    cfg = lrpi.configure(task=task, data=".")
+    cfg = lrpi.configure(task=task, data=".", views=False)
     data, valid, again = (lrpi.make_puzzles(cfg, 10**6, split) for split in ("train", "valid", "test"))
-    assert torch.equal(again.x, test.x) and (task == "nqueens" or same([*again], [*test]))
+    rows = {*map(tuple, test.x.tolist())}
+    assert rows == {*map(tuple, again.x.tolist())} and of.solved(again.x, again.y).all() and len(again) == 40
     parts = [{*map(tuple, puzzles.x.tolist())} for puzzles in (data, valid, train)]
     assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and parts[1]
     some = torch.cat([lrpi.make_puzzles(cfg, 10, "test", k).x for k in range(200)])
     drawn, copies = (Counter(tuple(row) for row in x.tolist()) for x in (some, test.x))
     assert all(abs(drawn[row] - 50 * n) < 31 * n for row, n in copies.items())
-    view = lrpi.Views(data, of.views, cfg.size)[torch.arange(len(data))]
-    assert of.solved(view.x, view.y).all() and (view.x != data.x).any(1).sum() > len(data) / 4
+    view = lrpi.make_puzzles(replace(cfg, views=True), 500, "train")
+    assert len(view) == 500 and of.solved(view.x, view.y).all()
+    assert len({*map(tuple, view.x.tolist())} - parts[0]) > 30
     assert task == "nqueens" or same([*view], [*of.solve(view.x, view.y)])
     assert command(f"--task {task} --data . {SMALL} --examples 20 --width 16 --ffn 32 --n-sup 2 --out o") == 0
     assert command(f"--eval o/model.pt --data . {SMALL}") == 0
@@ -970,12 +976,12 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size):
 # --- Bad input: one line that starts with "lrpi: ", exit code 2, no traceback, and nothing lost -------------
 # each case names its last option and the value of that
 BAD = """--task chess; --scheme magic; --target none; --mixer fft; --size 12; --size 3; --size 63
---size big; --size ٧; --size 7_0; --size 1e1; --size ' 7'; --lr ٠.٥; --lr '1 '; --noise 1_0
+--size big; --size 1e1; --size 7.0; --lr fast
 --seed 9999999999; --examples 0; --examples 1.5; --batch-size -4; --train-size 0; --test-size 0; --n-sup 0
 --n-sup 1000000000; --width 100000; --kernel 4; --lr nan; --lr inf; --lr -1; --ema 1
 --mixer attention --heads 5; --device tpu; --pace 0; --noise -1; --think -1; --halt never; --halt head
---task sudoku --size 8; --task nqueens --size 4; --task nqueens --size 11; --blanks -1; --blanks 55
---task sudoku --size 4 --blanks 11; --hinge -1; --budget-seconds -1; --precision fp8; --save-minutes -1
+--task sudoku --size 8; --task nqueens --size 4; --task nqueens --size 11; --blanks -1; --blanks 65
+--hinge -1; --budget-seconds -1; --precision fp8; --save-minutes -1
 --seeds 2; --compare dis --seeds 0; --compare dis --seeds two; --compare dis --size 12; --out /dev/null/x
 --checkpoint m.pt"""
 WORDS = {  # cases that name something else
@@ -1019,9 +1025,9 @@ def test_bad_puzzles_and_csv_files(capsys):
     """A bad puzzle is located and the others are solved."""
     far, tail = 1_000_000, ".....Q..\n......Q."
     for task, bad in {
-        "maze": {"S #\n# x\n#G ": "line 2, column 3: 'x'", "S G\n# #S": "line 2", "S G\n#S#": "",
+        "maze": {"S #\n# x\n#G ": "line 2, character 3: 'x'", "S G\n# #S": "line 2", "S G\n#S#": "",
                  "###\n  G": "", "###\nS  ": "", "S#\n#G": "", "S" + " " * far + "G": ""},
-        "sudoku": {SUDOKU[:80]: "9", SUDOKU[:80] + "x": "column 81: 'x'", "12\n34": "", "1" * far: "",
+        "sudoku": {SUDOKU[:80]: "9", SUDOKU[:80] + "a": "80 cells", "12\n34": "", "1" * far: "",
                    "77" + "." * 79: "no solution", "12345678." + "." * 17 + "9" + "." * 54: "no solution"},
         "nqueens": {"........\n" * 6 + tail: "no solution", "Q" * 64: "no solution", "." * far: ""},
     }.items():  # fmt: skip
@@ -1030,7 +1036,7 @@ def test_bad_puzzles_and_csv_files(capsys):
             Path("p.txt").write_text(f"{text}\n\n{BOARDS[task][1][0]}\n")
             assert command(f"--task {task} --solve p.txt --checkpoint m.pt") == 2
             out, err = capsys.readouterr()
-            assert err.startswith("lrpi: p.txt, line ") and words in err and "puzzle 2, line " in out
+            assert err.startswith("lrpi: p.txt, line ") and words in err and "not solved" in out
             assert err.find("\n") == len(err) - 1 < 300
     for data in (b"", b"\n\n", b"\xff\xfe\x00S"):
         Path("p.txt").write_bytes(data)
@@ -1071,14 +1077,14 @@ def test_damaged_files_of_its_own(compared, capsys):
 
     with ctrl_c(5):
         assert command(f"{BRIEF} --examples 60 --out o") == 130
-    run, rng = compared / f"{ARMS[0]}-1.json", random.Random(0)
+    run, rng = compared / f"{ARMS[0]}-1" / "metrics.json", random.Random(0)
     for path, line in {
         Path("o/model.pt"): "--eval o/model.pt --no-figures --test-size 6",
         Path("o/training.pt"): f"{BRIEF} --examples 60 --resume --out o",
         run: f"{COMPARE} {compared}",
     }.items():
         before, whole = contents(path.parent), path.read_bytes()
-        content = read(compared, run.stem) if path == run else torch.load(path)
+        content = read(run.parent) if path == run else torch.load(path)
         cut = [whole[: len(whole) * k // 4] for k in range(4)] + [whole[:-1], b"\xff\xfe", b"[" * 10**5]
         for damage in [7, [1], {}, "x", None, *cut, *(spoilt(content, rng) for _ in range(40))]:
             save(damage, path)
@@ -1099,7 +1105,7 @@ def test_damaged_files_of_its_own(compared, capsys):
     for given in ("--width 11", "--scheme trm", "--halt head", "--task sudoku", "--size 12"):
         refused(capsys, f"--eval o/model.pt --no-figures {given}", given.split()[0])
     refused(capsys, f"{BRIEF} --examples 60 --resume --out o --seed 3", "--seed", "3")
-    refused(capsys, f"{COMPARE} {compared} --noise 0.1", "-0.json", "--noise")
+    refused(capsys, f"{COMPARE} {compared} --noise 0.1", "-0/metrics.json", "--noise")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -1118,7 +1124,7 @@ def test_full_disks_closed_streams_and_lost_losses(capsys, monkeypatch):
     assert contents("o") == before and model_of("maze")
     solve = f"{PROGRAM} --solve - --checkpoint m.pt --think 1"
     for line, code, err in (
-        *((f"{solve} <&-", 2, "lrpi: "), (f"echo 'S G' | {solve} >&-", 0, "")),
+        *((f"{solve} <&-", 2, "lrpi: "), (f"echo 'S G' | {solve} >&-", 1, "")),
         (f"(yes 'S G' | head -n 99; echo) | {solve} 2>&1 | head -n 1", 0, ""),
     ):
         done = process(line)
@@ -1198,7 +1204,8 @@ def test_sections_can_be_copied():
         cfg = SimpleNamespace(n_sup=6, power=0.3, pace=2, vocab=6)
         assert torch.equal(phi(puzzles, s, noise, cfg), lrpi.TARGETS[name](puzzles, s, noise, cfg))
     method, seen = copied(1, 2, 3, 4), []
-    cfg = method.TrainConfig(shape=(5, 5), width=32, ffn=32, examples=400, target="reveal", hinge=1.0)
+    given = {"examples": 400, "target": "reveal", "hinge": 1.0, "linger": 0.0}
+    cfg = method.TrainConfig(shape=(5, 5), width=32, ffn=32, **given)
     model = method.LoopedModel(cfg)
     method.train(model, TensorDataset(*puzzles[:2]), cfg, lambda run, loss: seen.append(loss))
     losses = [loss for loss in seen if loss is not None]
@@ -1207,7 +1214,7 @@ def test_sections_can_be_copied():
     puzzles = maze.make_mazes(20, 7, "valid")
     assert maze.maze_solved(puzzles.x, maze.solve_mazes(puzzles.x).y).all() and len(puzzles) == 20
     y = boards.sudoku_grids(10, 6, generator())
-    x = boards.dig(y, 20, generator())
+    x = boards.minimal(y, generator())
     assert boards.sudoku_solved(x, y).all() and (boards.other_solutions(x, y) == y).all() and (x == 0).any()
     y = boards.placements(6)
     x = boards.queens_boards(10, 6, generator())
@@ -1277,7 +1284,7 @@ def test_the_tutorial_names_only_what_there_is():
     text = PROSE + "\n".join(CODE.values())
     names = set(re.findall(r"\blrpi\.([A-Za-z_]\w*)", text)) - {"py", "zip"}
     assert len(names) > 20 and not {name for name in names if not hasattr(lrpi, name)}
-    flags = {option for name in lrpi.OPTIONS for option in (lrpi.flag(name), "--no-" + name)}
+    flags = {option for name in lrpi.OPTIONS for option in (lrpi.flag(name), "--no-" + name)} | {*map(lrpi.flag, lrpi.COMMANDS)}
     named = set(re.findall(r"(?<=[\s`])--[a-z][a-z-]*", text))
     assert named and named <= flags
     for name in set(re.findall(r'record\("([\w-]+)"\)', text)):
