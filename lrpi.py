@@ -902,11 +902,11 @@ def reading(path, what: str):
 def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0, blanks: int = 0) -> Puzzles:
     """`count` sudokus with 1 to `blanks` empty cells (0: no limit). The solution's kind decides the split.
 
-    They are views of at most 250 minimal ones, with some cells given back: so each has one solution.
+    They are views of at most 60 minimal ones, with some cells given back: so each has one solution.
     """
     generator = torch.Generator().manual_seed(seed)
     key = sudoku_kind if size > 4 else torch.clone  # of size 4, there are only two kinds
-    y = draw_split(min(count, 250), size, split, lambda n: sudoku_grids(n, size, generator), key)
+    y = draw_split(min(count, 60), size, split, lambda n: sudoku_grids(n, size, generator), key)
     pair, rows = (minimal(y, generator), y), torch.arange(count) % len(y)
     x, y = (look(t[rows], *view) for view in [sudoku_views(count, (size, size), generator)] for t in pair)
     rank = torch.where(x == 0, torch.rand(x.shape, generator=generator), 2.0).argsort(1).argsort(1)
@@ -1303,8 +1303,8 @@ def configure(**given) -> Config:
     task = TASKS[given.get("task", "maze")]
     values = {"scheme": "dis", **task.defaults}
     if given.get("data"):
-        question = next(csv_rows(Path(given["data"]) / "train.csv"), ("", ""))[1]
-        values |= {"size": math.isqrt(len(question)), "pick": 1}
+        with reading(path := Path(given["data"]) / "train.csv", "a CSV file with puzzles"):
+            values |= {"size": math.isqrt(len(next(csv_rows(path))[1])), "pick": 1}
     cfg = Config(**values | SCHEMES[given.get("scheme", values["scheme"])] | given)
     ranges = [(name, low, high) for name, (_, low, high) in OPTIONS.items() if high]
     rules = [
