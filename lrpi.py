@@ -1058,8 +1058,7 @@ def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: in
 def boards(text: str, task: Task, size: int) -> list:
     """[(line, rows of characters), ..]: the boards in a text. Empty lines part mazes.
 
-    Of other puzzles, a line holds all cells, whatever stands before and behind them, or a row of cells among
-    decoration; lines of comment are skipped.
+    Of other puzzles, a line holds all cells, with anything around them, or a row of them among decoration.
     """
     rows, found, lines = [], [], [*enumerate(text.splitlines(), 1)]
     cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
@@ -1494,8 +1493,7 @@ def print_results(found: dict, longer: dict) -> None:
         print(line.format(k + 1, exact, cells, logp, *gain, *more, found["guided_exact"][k][-1], words))
     print(f"\n{found['summary']}")
     if cut := found.get("cut"):
-        said = "with the improving steps alone, {won} more puzzles are solved, and {lost} no longer are"
-        print(said.format(**cut))
+        print(f"with the improving steps alone, {cut['won']} more puzzles are solved, {cut['lost']} fewer")
     print("\nexit by   solved  passes   (thresholds from validation puzzles)")
     for rule, of in found["halting"].items():
         print(f"{rule:8}  {of['exact']:6.1%}  {of['passes']:6.1f}")
@@ -1674,7 +1672,9 @@ def solve(given: dict, source: str, checkpoint="", answers="", steps_shown=False
         if cfg.task == "sudoku" and (other_solutions(x.view(1, -1), y.view(1, -1)).view_as(y) != y).any():
             words += "; several solutions"
         if steps_shown or len(every) == 1:
-            frames = [(c, outside(x, now), marks) for c, now, marks in frames_of(model, asked, steps)]
+            inner = frames_of(model, asked, steps)
+            seen = [x, *(outside(x, now) for _, now, _ in inner[1:])]
+            frames = [(f[0], b, a != b) for f, a, b in zip(inner, [x, *seen], seen, strict=False)]
             for caption, now, _ in [*frames, (words, said, None)]:
                 drawn = ["".join(task.letters[t] for t in row) for row in now.tolist()]
                 print(f"\n{caption}", *drawn, sep="\n")
