@@ -1021,7 +1021,7 @@ def tokens(rows: list[str], line: int, task: Task, size: int, width: int) -> tor
 
 
 COLUMNS = (("question", "answer"), ("quizzes", "solutions"), ("puzzle", "solution"))  # of CSV files
-COMMENT = r"\s*[#;\[]|.*[A-Za-z]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is none of a board
+COMMENT = r"\s*[#;]|.*[A-Za-z]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is none of a board
 
 
 def csv_rows(path: Path):
