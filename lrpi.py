@@ -1145,7 +1145,7 @@ def plot(path: Path, title: str, panels: list) -> None:
     plt.close(fig)
 
 
-def draw_diagnosis(found: dict, longer: dict, out: Path) -> list[str]:
+def draw_diagnosis(found: dict, longer: dict, out: Path) -> None:
     """Three figures: what each step does, what guidance would do, and what more steps or early exit do."""
     steps, each, ws, panels, exits = range(1, len(found["exact"]) + 1), found["each"], found["ws"], [], []
     solved, exact = each["exact"][:, -1] > 0, found["exact"]
@@ -1178,14 +1178,13 @@ def draw_diagnosis(found: dict, longer: dict, out: Path) -> list[str]:
     early = found["halting"]["kl"]
     title = f"Exit by KL: {early['exact']:.1%} solved, with {early['passes']:.1f} of {found['passes']} passes"
     plot(out / "thinking.png", title, [*panels, (LABELS["exact"], "mean passes (★: test)", exits)])
-    return ["improvement.png", "guidance.png", "thinking.png"]
 
 
 def draw_comparison(arms: dict, title: str, path: Path) -> None:
     """Validation puzzles solved, a line for each run and a colour for each arm, against three prices."""
     panels = []
     for price in ("examples_seen", "train_passes", "train_seconds"):
-        runs = [(name, run["curve"]) for name, runs in arms.items() for run in runs]
+        runs = [(name, run["curve"]) for name, of in arms.items() for run in of["runs"]]
         curves = [(name, *([at[key] for at in curve] for key in (price, "exact"))) for name, curve in runs]
         panels.append(("validation puzzles solved", price.replace("_", " "), curves))
     plot(path, title, panels)
@@ -1583,7 +1582,7 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
 
 def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
     """Run all that --compare names, unless the results are there; print, write and draw. The exit code."""
-    arms, found, means = {}, {}, []
+    arms, found = {}, {}
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
     for name in text.split(","):
@@ -1606,18 +1605,19 @@ def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
             if not torch.tensor([*numbers, run["exact"][-1], *(run[key] for key in SPENT)]).isfinite().all():
                 raise UserError("numbers that are not finite")
             wanted = ("exact", "curve", "verdict", "config", *SPENT)
-            found.setdefault(name, []).append({key: run[key] for key in wanted})
+            found.setdefault(name, {"runs": []})["runs"].append({key: run[key] for key in wanted})
     print("\nsolved, least to most    passes     params  examples  passes in training  seconds  scheme")
     for name, of in found.items():
-        exact = [run["exact"][-1] for run in of]
-        medians = [sorted(run[key] for run in of)[len(of) // 2] for key in SPENT]
+        exact = [run["exact"][-1] for run in of["runs"]]
+        medians = {key: sorted(run[key] for run in of["runs"])[seeds // 2] for key in SPENT}
+        of |= {"exact": sum(exact) / seeds, "least": min(exact), "most": max(exact), **medians}
         line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
-        print(line.format(mean := sum(exact) / len(of), min(exact), max(exact), *medians, name))
-        means.append(f"{name} {mean:.1%}")
+        print(line.format(*[*of.values()][1:], name))
     if not RANK:
         write(folder / "compare.json", {"task": first.task, "torch": torch.__version__, "arms": found})
     if not RANK and first.figures:
-        draw_comparison(found, f"{first.task}, on average: {', '.join(means)}", folder / "compare.png")
+        means = ", ".join(f"{name} {of['exact']:.1%}" for name, of in found.items())
+        draw_comparison(found, f"{first.task}, on average: {means}", folder / "compare.png")
     return 0
 
 
@@ -1696,14 +1696,14 @@ def learn(cfg: Config, interrupts: list, resume: bool = False, started: float | 
         prepare_folder(out)
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}: see {out}", flush=True)
     model, facts, failed = fit(cfg, interrupts, out / "training.pt", resume)
-    if RANK:
-        return 0
-    write(out / "model.pt", {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
-    report(model, facts, out, started or began)
+    if not RANK:
+        write(out / "model.pt", {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
+        report(model, facts, out, started or began)
+    average([torch.zeros(1)])  # the others wait
     if interrupts:
         print("\nlrpi: interrupted, saved and evaluated; --resume continues training", file=sys.stderr)
     elif (out / "training.pt").is_file():
-        (out / "training.pt").unlink()
+        (out / "training.pt").unlink(missing_ok=True)
     return 130 if interrupts else 2 * failed
 
 

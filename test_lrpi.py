@@ -884,7 +884,8 @@ def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(co
     assert set(contents(compared)) == {"compare.json", "compare.png"} and [*found] == ARMS
     assert {path.name for path in compared.iterdir() if path.is_dir()} == {*names}
     for k, of in enumerate(found.values()):
-        for run, record in zip(runs[2 * k : 2 * k + 2], of, strict=True):
+        assert of["exact"] == pytest.approx(sum(run["exact"][-1] for run in runs[2 * k : 2 * k + 2]) / 2)
+        for run, record in zip(runs[2 * k : 2 * k + 2], of["runs"], strict=True):
             assert record.items() <= run.items() and record["passes"] == (6, 6, 36)[k]
             assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
     with ctrl_c(runs[0]["steps_done"] + 3):  # in the middle of the second run
