@@ -991,7 +991,7 @@ TASKS = {
         colours={"blank": "white", "digit": "#f4f1ea"},
         glyphs=" 123456789",
         options=("blanks",),
-        defaults=BOARD | {"size": 9, "pace": 1},
+        defaults=BOARD | {"size": 9, "pace": 1, "examples": 16000},
     ),
     "nqueens": Task(
         make=make_queens,
@@ -1506,6 +1506,7 @@ def print_results(found: dict, longer: dict) -> None:
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     """Propose and verify: puzzles x [N, H, W] that the checker rejects are tried again, in another view.
 
+    A try ends where the answer has settled.
     Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
     """
     flat, passes, (task, shape) = x.flatten(1), [], (TASKS[model.cfg.task], x.shape[1:])
@@ -1516,7 +1517,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
-        found, taken = answer(model, look(flat[rows], cell, new), steps)
+        found, taken = answer(model, look(flat[rows], cell, new), steps, stopping("change", 0.01))
         said[rows] = look(found, cell.argsort(1), new.argsort(1))
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
         accepted[rows[task.solved(x[rows], said[rows].view(-1, *shape))]] = len(passes)
@@ -1651,7 +1652,7 @@ def solve(given: dict, source: str, checkpoint="", answers="", steps_shown=False
             raise UserError("no trained model in runs/, and no --checkpoint")
     model, facts = load_checkpoint(checkpoint or newest[-1], **{"tries": 16} | given)
     cfg, task, puzzles, found, written = model.cfg, TASKS[model.cfg.task], {}, {}, []
-    steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 4)) + 1)
+    steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 8)) + 1)
     if not (every := boards(text, task, cfg.size)):
         raise UserError(f"{source}: no puzzles; must be a text file with puzzles, or -")
     for line, rows in every:
