@@ -1504,9 +1504,8 @@ def print_results(found: dict, longer: dict) -> None:
 
 
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
-    """Propose and verify: puzzles x [N, H, W] that the checker rejects are tried again, in another view.
+    """Propose and verify: solve x [N, H, W] until the answers settle; if one is rejected, try another view.
 
-    A try ends where the answer has settled.
     Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
     """
     flat, passes, (task, shape) = x.flatten(1), [], (TASKS[model.cfg.task], x.shape[1:])
