@@ -1408,7 +1408,7 @@ def place(model: LoopedModel) -> LoopedModel:
     model.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and name == "cuda")
     for net in model.nets if cfg.compile else ():
         net.compile()
-    return model.to(name)
+    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
 def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
