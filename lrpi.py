@@ -588,6 +588,8 @@ def rollout(model: LoopedModel, x: torch.Tensor, steps=None, stop=None):
         yield (step := Step(rows, logits_u, logits_c, y))
         stays = ~stop(model, step) if stop else slice(None)  # the others cost nothing from now on
         rows, x, y, z, logits_c = (t[stays] for t in (rows, x, y, z, logits_c))
+        if not len(rows):
+            return
 
 
 def batches(x: torch.Tensor):
@@ -807,9 +809,8 @@ def grid_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Te
     index = torch.arange(math.prod(shape)).view(shape)
     turned = [t.rot90(k) for t in (index, index.flip(0)) for k in range(4)]
     views = torch.stack([t.flatten() for t in turned if t.shape == shape])
-    return views[torch.randperm(-(-N // 8) * 8, generator=generator)[:N] % len(views)], torch.arange(
-        8
-    ).expand(N, -1)
+    chosen = torch.randperm(-(-N // 8) * 8, generator=generator)[:N] % len(views)
+    return views[chosen], torch.arange(8).expand(N, -1)
 
 
 def sudoku_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -935,7 +936,8 @@ def make_queens(count: int, size: int = 8, split: str = "train", seed: int = 0) 
 
 def solve_queens(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     """Boards x [N, L] completed by y, or first in reading order (or EMPTY), a queen a round."""
-    x, every = x.flatten(1), placements(x.shape[1] if x.ndim == 3 else math.isqrt(x.shape[1]))
+    x = x.flatten(1)
+    every = placements(math.isqrt(x.shape[1]))
     fits, first = (x.float() @ every.T.float() == x.sum(1, keepdim=True)).max(1, keepdim=True)
     y = every[first[:, 0]] * fits if y is None else y
     return Puzzles(x, y, x, ((y != x).cumsum(1) * (y != x)).to(torch.int16))
@@ -964,9 +966,7 @@ class Task(NamedTuple):
     """A kind of puzzle, by default the maze: functions, and data for options, text files and figures."""
 
     make: Callable = make_mazes  # (count, size, split, seed) -> Puzzles
-    solve: Callable = lambda x, y=None: solve_mazes(
-        x, shortest(x) if y is None else y
-    )  # (x [N, L], y [N, L] or None) -> Puzzles: a solver's way to y
+    solve: Callable = lambda x, y=None: solve_mazes(x, shortest(x) if y is None else y)  # to Puzzles
     solved: Callable = maze_solved  # (x [B, L], answer [B, L]) -> [B] bool
     views: Callable = grid_views  # (N, shape) -> N random symmetries
     sizes: tuple = tuple(range(5, 62, 2))
@@ -1009,7 +1009,7 @@ TASKS = {
 
 def tokens(rows: list[str], line: int, task: Task, size: int, width: int) -> torch.Tensor:
     """The tokens [H, W] uint8 of rows of characters. Raises `UserError` at the first that does not fit."""
-    letters = task.letters[: size + 1] if "1" in task.letters else task.letters
+    letters = task.letters[: size + 1]  # a sudoku has as many digits; the others have fewer tokens
     known = letters + "".join(chr(c) for c, same in task.alias.items() if chr(same) in letters)
     for n, row in enumerate(rows, line):
         for k, c in enumerate(row, 1):
@@ -1079,6 +1079,27 @@ def boards(text: str, task: Task, size: int) -> list:
     return [(rows[0][0], [row for _, row in rows]) for rows in [*found, rows] if rows]
 
 
+def inside(x: torch.Tensor) -> torch.Tensor:
+    """A maze [H, W] without its rim, as in training; start and goal in the rim move to the cell inside."""
+    rim = F.pad(torch.zeros_like(x[1:-1, 1:-1], dtype=torch.bool), (1, 1, 1, 1), value=True)
+    if min(x.shape) < 3 or (x[rim] == OPEN).any():
+        return x
+    inner = x[1:-1, 1:-1].clone()
+    for end in (START, GOAL):
+        row, col = (torch.where(x == end)[k][0].item() - 1 for k in (0, 1))
+        inner[min(max(row, 0), len(inner) - 1), min(max(col, 0), inner.shape[1] - 1)] = end
+    return inner
+
+
+def outside(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """The answer to x [H, W] that follows from one to inside(x)."""
+    if answer.shape != x.shape:
+        marked = (x[1:-1, 1:-1] == OPEN) & (answer > OPEN)  # start and goal are in the rim again
+        answer, inner = x.clone(), answer.to(x.dtype).masked_fill(marked, PATH)
+        answer[1:-1, 1:-1] = inner
+    return answer
+
+
 def read_board(rows: list[str], line: int, task: Task, cfg) -> tuple:
     """The puzzle x and a solution [H, W] uint8, and x as a model sees it. Raises `UserError`."""
     fixed = task.glyphs or cfg.mixer == "mlp"
@@ -1125,9 +1146,8 @@ def plot(path: Path, title: str, panels: list) -> None:
         for k, (label, x, y, *more) in enumerate(curves):
             colour = COLOURS[k % 7] if len(curves) < 8 else plt.cm.viridis(0.9 * k / len(curves))
             style = {"ls": ("-", "--", "-.", ":")[k % 4], "marker": "." * (len(x) < 30), "color": colour}
-            ax.plot(
-                x, y, label="_" * (k % math.ceil(len(curves) / 12)) + label, **style
-            )  # _: not in the legend
+            hidden = "_" * (k % math.ceil(len(curves) / 12))  # the legend shows at most twelve
+            ax.plot(x, y, label=hidden + label, **style)
             if more:
                 ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
         if "nats" in name:
@@ -1182,9 +1202,8 @@ def draw_diagnosis(found: dict, longer: dict, out: Path) -> None:
 
 def draw_comparison(arms: dict, title: str, path: Path) -> None:
     """Validation puzzles solved, a line for each run and a colour for each arm, against three prices."""
-    panels = []
+    panels, runs = [], [(name, run["curve"]) for name, of in arms.items() for run in of["runs"]]
     for price in ("examples_seen", "train_passes", "train_seconds"):
-        runs = [(name, run["curve"]) for name, of in arms.items() for run in of["runs"]]
         curves = [(name, *([at[key] for at in curve] for key in (price, "exact"))) for name, curve in runs]
         panels.append(("validation puzzles solved", price.replace("_", " "), curves))
     plot(path, title, panels)
@@ -1288,6 +1307,7 @@ OPTIONS = {  # {name: (help, lowest, highest value)}
     for name, text, low, high in re.findall(FIELD, inspect.getsource(cls), re.M)
 }
 SPENT = ("passes", "params", "examples_seen", "train_passes", "train_seconds")
+SETTLED = stopping("change", 0.01)  # where --solve and --tries stop thinking
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
@@ -1318,7 +1338,7 @@ def configure(**given) -> Config:
     for name, good, allowed in rules:
         if not good:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be {allowed}")
-    vocab = (cfg.size + 1 if "1" in task.letters else len(task.letters)) + (cfg.target == "mask")
+    vocab = len(task.letters[: cfg.size + 1]) + (cfg.target == "mask")
     return replace(cfg, vocab=vocab, shape=(cfg.size, cfg.size))
 
 
@@ -1358,7 +1378,7 @@ def read(path: str | Path, what: str, wanted: dict, free: tuple) -> dict:
 def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     """A model and the facts of its training; `given`: options AT_EVALUATION. Raises `UserError` if unfit."""
     content = read(path, "a model.pt of this version, used as it was trained", given, AT_EVALUATION)
-    here = {name: getattr(Config, name) for name in (*LATER, "precision", "data") if name != "shape"}
+    here = {name: getattr(Config, name) for name in (*LATER, "precision", "data")}
     with reading(path, "used with options that fit, and with the mlp mixer at its size"):
         model = LoopedModel(configure(**content["config"] | here | given))
         model.load_state_dict(content["model"])
@@ -1516,7 +1536,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
-        found, taken = answer(model, look(flat[rows], cell, new), steps, stopping("change", 0.01))
+        found, taken = answer(model, look(flat[rows], cell, new), steps, SETTLED)
         said[rows] = look(found, cell.argsort(1), new.argsort(1))
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
         accepted[rows[task.solved(x[rows], said[rows].view(-1, *shape))]] = len(passes)
@@ -1530,7 +1550,7 @@ def frames_of(model: LoopedModel, x: torch.Tensor, steps) -> list:
         last, now = now, step.logits_c.argmax(-1).view_as(x).to(x.dtype)
         solved = "solved" if task.solved(x[None], now[None]) else "not solved"
         frames.append((f"step {s}: {solved}, {(now != last).sum()} changed", now, now != last))
-        if largest_change(step.logits_u, step.logits_c).max() <= 0.01:
+        if SETTLED(model, step):
             break
     return frames
 
@@ -1564,9 +1584,7 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
         print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
     if cfg.figures:
         draw_diagnosis(found, longer, out)
-        work = test.order.amax(1) + (test.x != test.y).sum(
-            1
-        )  # rounds of the solver, and length of the solution
+        work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, cells to find
         x, y, *_ = (grid(t[None])[0] for t in test[work.argsort(stable=True)[-max(1, len(test) // 100)]])
         frames = [*frames_of(model, x, steps), ("solution", y, torch.zeros_like(y))]
         title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
@@ -1600,7 +1618,7 @@ def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
             return code
         with reading(path, "a run of this command, or be removed"):
             run = json.loads(path.read_text())
-            unchanged(run["config"], json.loads(json.dumps(asdict(cfg))), ELSEWHERE)
+            unchanged(run["config"], asdict(cfg), ELSEWHERE)
             numbers = [at[key] for at in run["curve"] for key in ("exact", *SPENT[2:])]
             if not torch.tensor([*numbers, run["exact"][-1], *(run[key] for key in SPENT)]).isfinite().all():
                 raise UserError("numbers that are not finite")
@@ -1619,27 +1637,6 @@ def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
         means = ", ".join(f"{name} {of['exact']:.1%}" for name, of in found.items())
         draw_comparison(found, f"{first.task}, on average: {means}", folder / "compare.png")
     return 0
-
-
-def inside(x: torch.Tensor) -> torch.Tensor:
-    """A maze [H, W] without its rim, as in training; start and goal in the rim move to the cell inside."""
-    rim = F.pad(torch.zeros_like(x[1:-1, 1:-1], dtype=torch.bool), (1, 1, 1, 1), value=True)
-    if min(x.shape) < 3 or (x[rim] == OPEN).any():
-        return x
-    inner = x[1:-1, 1:-1].clone()
-    for end in (START, GOAL):
-        row, col = (torch.where(x == end)[k][0].item() - 1 for k in (0, 1))
-        inner[min(max(row, 0), len(inner) - 1), min(max(col, 0), inner.shape[1] - 1)] = end
-    return inner
-
-
-def outside(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """The answer to x [H, W] that follows from one to inside(x)."""
-    if answer.shape != x.shape:
-        marked = (x[1:-1, 1:-1] == OPEN) & (answer > OPEN)  # start and goal are in the rim again
-        answer, inner = x.clone(), answer.to(x.dtype).masked_fill(marked, PATH)
-        answer[1:-1, 1:-1] = inner
-    return answer
 
 
 def solve(given: dict, source: str, checkpoint="", answers="", steps_shown=False) -> int:
