@@ -1529,7 +1529,8 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
     """
     flat, passes, (task, shape) = x.flatten(1), [], (TASKS[model.cfg.task], x.shape[1:])
-    model, views = resized(model, shape), [t.to(x.device) for t in task.views(tries, tuple(shape))]
+    drawn = task.views(tries, tuple(shape), torch.Generator().manual_seed(0))  # the same in every run
+    model, views = resized(model, shape), [t.to(x.device) for t in drawn]
     for t in views:
         t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
     said, accepted = flat.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
