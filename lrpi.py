@@ -612,7 +612,6 @@ HALTS = {  # scores [B] for early exit: low if the step hardly moved the policy,
     "change": lambda model, step: largest_change(step.logits_u, step.logits_c).amax(1),
     "head": lambda model, step: -model.halting(step.y[:, 0]).squeeze(-1),
 }
-MARGIN_EDGES = [-0.1, -1e-4, 1e-4, 0.1]
 STILL = 1e-4  # nats per cell: a step with a smaller KL does not move the policy
 WS = [w / 4 for w in range(-2, 13)]  # the guidance weights tried at every step: -0.5 to 3
 
@@ -631,7 +630,6 @@ def measure(model: LoopedModel, step: Step, ws, solved, scores, asked, y_star) -
     exact = solved(asked, answers[0]).repeat(len(answers), 1)  # [1 + W, B]
     differs = (answers != answers[0]).any(2)  # only other answers than at w = 1 have to be checked again
     exact[differs] = solved(asked.expand_as(answers)[differs], answers[differs])
-    bins = torch.bucketize(gap, torch.tensor(MARGIN_EDGES, device=gap.device))
     found = {
         "exact": exact[0],  # is the puzzle solved?
         "label": (answers[0] == y_star).all(1),  # is the answer y*? (there may be other solutions)
@@ -640,7 +638,6 @@ def measure(model: LoopedModel, step: Step, ws, solved, scores, asked, y_star) -
         "gain": logp[1] - logp[0],  # what the step added to log pi(y*)
         "margin": gap.mean(1),  # at w = 1
         "margin_positive": (gap > 0).float().mean(1),  # share of the cells (at a dead step, up to rounding)
-        "margins": F.one_hot(bins, len(MARGIN_EDGES) + 1).float().mean(1),
     }
     found |= {"guided_exact": exact[1:].T, "guided_logp": logp[2:].T} if ws else {}
     return found | {name: of(model, step) for name, of in scores.items() if name != "head" or model.cfg.act}
@@ -827,13 +824,6 @@ def sudoku_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.
     return cell.flatten(1), torch.cat([blank, digits, masked], 1)
 
 
-def sudoku_grids(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Random solved sudokus [count, L] uint8: a search finds every eighth, the others are views of it."""
-    empty = torch.zeros(-(-count // 8), size**2, dtype=torch.uint8)
-    y = other_solutions(empty, empty, generator).repeat_interleave(8, 0)[:count]
-    return look(y, *sudoku_views(count, (size, size), generator))
-
-
 def sudoku_kind(y: torch.Tensor) -> torch.Tensor:
     """For each solved sudoku [N, L] a number that none of its symmetries changes, and zeros: [N, L]."""
     size, kind = math.isqrt(y.shape[1]), 0
@@ -905,9 +895,10 @@ def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0,
 
     They are views of at most 60 minimal ones, with some cells given back: so each has one solution.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, empty = torch.Generator().manual_seed(seed), torch.zeros(10**4, size**2, dtype=torch.uint8)
     key = sudoku_kind if size > 4 else torch.clone  # of size 4, there are only two kinds
-    y = draw_split(min(count, 60), size, split, lambda n: sudoku_grids(n, size, generator), key)
+    draw = lambda n: other_solutions(empty[:n], empty[:n], generator)  # noqa: E731
+    y = draw_split(min(count, 60), size, split, draw, key)
     pair, rows = (minimal(y, generator), y), torch.arange(count) % len(y)
     x, y = (look(t[rows], *view) for view in [sudoku_views(count, (size, size), generator)] for t in pair)
     rank = torch.where(x == 0, torch.rand(x.shape, generator=generator), 2.0).argsort(1).argsort(1)
@@ -1034,8 +1025,8 @@ def csv_rows(path: Path):
             yield reader.line_num, row[ask] or "", row[say] or ""
 
 
-def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: int, views: bool) -> Puzzles:
-    """`count` puzzles of a CSV file, or all there are; for training in random symmetric `views`, as often.
+def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: int) -> Puzzles:
+    """`count` puzzles of a CSV file, or all there are; for training in random symmetric views, as often.
 
     One row in 16 of train.csv, by a checksum of the question, belongs to the split `valid`.
     """
@@ -1048,7 +1039,7 @@ def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: in
         x, y = map(torch.cat, pair)  # no rows: an error
         for n in (~task.solved(x, y)).nonzero():
             raise UserError(f"line {rows[n][0]}: the answer does not solve the question")
-    if views and split == "train":
+    if split == "train":
         chosen, view = torch.arange(count) % len(x), task.views(count, (size, size))
         x, y = look(x[chosen], *view), look(y[chosen], *view)
     parts = [task.solve(*part) for part in zip(x.split(5000), y.split(5000), strict=True)]
@@ -1081,12 +1072,11 @@ def boards(text: str, task: Task, size: int) -> list:
 
 def inside(x: torch.Tensor) -> torch.Tensor:
     """A maze [H, W] without its rim, as in training; start and goal in the rim move to the cell inside."""
-    rim = F.pad(torch.zeros_like(x[1:-1, 1:-1], dtype=torch.bool), (1, 1, 1, 1), value=True)
-    if min(x.shape) < 3 or (x[rim] == OPEN).any():
-        return x
     inner = x[1:-1, 1:-1].clone()
+    if not inner.numel() or OPEN in torch.cat([x[0], x[-1], x[:, 0], x[:, -1]]):
+        return x
     for end in (START, GOAL):
-        row, col = (torch.where(x == end)[k][0].item() - 1 for k in (0, 1))
+        row, col = ((x == end).nonzero()[0] - 1).tolist()
         inner[min(max(row, 0), len(inner) - 1), min(max(col, 0), inner.shape[1] - 1)] = end
     return inner
 
@@ -1115,11 +1105,6 @@ def read_board(rows: list[str], line: int, task: Task, cfg) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # §9  Figures (matplotlib is needed for nothing else)
 
-LABELS = {"exact": "puzzles solved", "cells": "cells right", "logp": "log π(y*), nats per cell"}
-LABELS |= {"gain": "gain in log π(y*), nats, 95% interval", "margin": "advantage margin, nats, 95% interval"}
-LABELS |= {"margin_positive": "cells with a positive margin", "kl": "KL(π_c ‖ π_u), nats per cell"}
-LABELS |= {"change": "largest change of a probability"}
-
 
 @contextmanager
 def replacing(path: Path):
@@ -1134,124 +1119,99 @@ def replacing(path: Path):
         beside.unlink(missing_ok=True)
 
 
-def plot(path: Path, title: str, panels: list) -> None:
-    """Draw panels (title, x label, [(label, x, y, *x and y of thin lines or of one star), ..]) to `path`."""
+def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
+    """Curves (label, x, y, *more): `more` is x and y of thin lines, or of one star, in the same colour."""
     import matplotlib.pyplot as plt
 
-    rows = math.ceil(len(panels) / 3)
-    fig = plt.figure(figsize=(10, 2.7 * rows + 0.6), layout="constrained")
-    fig.suptitle(title, fontsize=11, wrap=True)
-    for i, (name, xlabel, curves) in enumerate(panels, 1):
-        ax = fig.add_subplot(rows, 3, i)
-        for k, (label, x, y, *more) in enumerate(curves):
-            colour = COLOURS[k % 7] if len(curves) < 8 else plt.cm.viridis(0.9 * k / len(curves))
-            style = {"ls": ("-", "--", "-.", ":")[k % 4], "marker": "." * (len(x) < 30), "color": colour}
-            hidden = "_" * (k % math.ceil(len(curves) / 12))  # the legend shows at most twelve
-            ax.plot(x, y, label=hidden + label, **style)
-            if more:
-                ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
-        if "nats" in name:
-            ax.set_yscale("symlog", linthresh=1e-5)
-        else:
-            ax.set_ylim(-0.03, 1.03)
-            ax.yaxis.set_major_formatter("{x:.0%}")
-        ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True, min_n_ticks=1))
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel(xlabel)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+    for k, (label, x, y, *more) in enumerate(curves):
+        colour = COLOURS[k] if len(curves) < 8 else plt.cm.viridis(0.9 * k / len(curves))
+        hidden = "_" * (k % math.ceil(len(curves) / 8))  # the legend shows at most eight
+        style = {"ls": ("-", "--", "-.", ":")[k % 4], "marker": "." * (len(x) < 30), "color": colour}
+        ax.plot(x, y, label=hidden + label, **style)
+        if more:
+            ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
+    if "nats" in title:
+        ax.set_yscale("symlog", linthresh=1e-5)
+    else:
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter("{x:.0%}")
+    ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True, min_n_ticks=1))
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel(xlabel)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
+
+
+def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
+    """What each step does, what guidance would do, and what more steps or early exit do: nine panels."""
+    import matplotlib.pyplot as plt
+
+    exact, each, ws, panels, exits = found["exact"], found["each"], found["ws"], [], []
+    steps, solved = range(1, len(exact) + 1), each["exact"][:, -1] > 0
+    groups = {"all": solved | True}
+    if 0 < solved.sum() < len(solved):
+        groups |= {"not solved": ~solved, "solved in the end": solved}
+    for name, title in {
+        "exact": "puzzles solved",
+        "logp": "log π(y*), nats per cell",
+        "gain": "gain in log π(y*), nats, 95% interval",
+        "margin": "advantage margin, nats, 95% interval",
+        "margin_positive": "cells with a positive margin",
+        "kl": "KL(π_c ‖ π_u), nats per cell",
+    }.items():
+        curves = [(group, steps, each[name][rows].mean(0)) for group, rows in groups.items()]
+        curves[0] += (steps, found[f"{name}_interval"]) if "interval" in title else ()
+        panels.append((title, "latent step", curves))
+    of_steps = zip(steps, found["w_star"], found["guided_exact"], strict=True)
+    guided = [(f"step {s}", ws, y[:-1], min(max(w, ws[0]), ws[-1]), y[-1]) for s, w, y in of_steps]
+    panels.append(("solved, if one step is guided", "guidance weight w (★: w*)", guided))
+    curves = [(f"{s} x {s}", range(1, len(of["exact"]) + 1), of["exact"]) for s, of in longer.items()]
+    panels.append(("solved, thinking longer", "steps taken", curves))
+    for rule, of in found["halt"].items():
+        passes, test = [s * found["passes"] / len(exact) for s in of["steps"]], found["halting"][rule]
+        exits.append((rule, passes, of["exact"], test["passes"], test["exact"]))
+    panels.append(("solved, with early exit", "mean passes (★: test)", exits))
+    fig, axes = plt.subplots(3, 3, figsize=(10, 9), layout="constrained")
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        draw_panel(ax, *panel)
+    title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
+    early = found["halting"]["kl"]
+    words = f"Exit by KL: {early['exact']:.1%}, with {early['passes']:.1f} of {found['passes']} passes"
+    fig.suptitle(f"{title}\n{found['summary']}\n{words}", fontsize=11, wrap=True)
     with replacing(path) as beside:
         fig.savefig(beside, dpi=110)
     plt.close(fig)
 
 
-def draw_diagnosis(found: dict, longer: dict, out: Path) -> None:
-    """Three figures: what each step does, what guidance would do, and what more steps or early exit do."""
-    steps, each, ws, panels, exits = range(1, len(found["exact"]) + 1), found["each"], found["ws"], [], []
-    solved, exact = each["exact"][:, -1] > 0, found["exact"]
-    groups = {"all puzzles": solved | True, "not solved": ~solved, "solved in the end": solved}
-    for name, label in LABELS.items():
-        curves = [(group, steps, each[name][rows].mean(0)) for group, rows in groups.items() if rows.any()]
-        curves[0] += (steps, found[f"{name}_interval"]) if "interval" in label else ()
-        panels.append((label, "latent step", curves))
-    ends = itertools.pairwise(f"{edge:g}" for edge in (-math.inf, *MARGIN_EDGES, math.inf))
-    shares = zip(ends, each["margins"].mean(0).T, strict=True)
-    panels.append(("cells by their margin", "latent step", [(" to ".join(e), steps, y) for e, y in shares]))
-    title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
-    plot(out / "improvement.png", f"{title}\n{found['summary']}", panels)
-    guided, best = [], [of[-1] for of in found["guided_exact"]]
-    for name in ("exact", "logp"):
-        of_steps = zip(steps, found["w_star"], found[f"guided_{name}"], strict=True)
-        curves = [(f"step {s}", ws, y[:-1], min(max(w, ws[0]), ws[-1]), y[-1]) for s, w, y in of_steps]
-        guided.append((LABELS[name], "guidance weight w (★: w*)", curves))
-    guided.append((LABELS["exact"], "latent step", [("w = 1", steps, exact), ("w = w*", steps, best)]))
-    title = f"Guiding the last step by its own w* takes it from {exact[-1]:.1%} to {best[-1]:.1%} solved"
-    plot(out / "guidance.png", title, guided)
-    panels = []
-    for name in ("exact", "kl"):
-        curves = [(f"{s} x {s}", range(1, len(of[name]) + 1), of[name]) for s, of in longer.items()]
-        panels.append((LABELS[name], "steps taken", curves))
-    for rule, test in found["halting"].items():
-        valid = found["halt"].get(rule, {"steps": [], "exact": []})
-        passes = [s * found["passes"] / len(exact) for s in valid["steps"]]
-        exits.append((f"exit: {rule}", passes, valid["exact"], test["passes"], test["exact"]))
-    early = found["halting"]["kl"]
-    title = f"Exit by KL: {early['exact']:.1%} solved, with {early['passes']:.1f} of {found['passes']} passes"
-    plot(out / "thinking.png", title, [*panels, (LABELS["exact"], "mean passes (★: test)", exits)])
-
-
-def draw_comparison(arms: dict, title: str, path: Path) -> None:
-    """Validation puzzles solved, a line for each run and a colour for each arm, against three prices."""
-    panels, runs = [], [(name, run["curve"]) for name, of in arms.items() for run in of["runs"]]
-    for price in ("examples_seen", "train_passes", "train_seconds"):
-        curves = [(name, *([at[key] for at in curve] for key in (price, "exact"))) for name, curve in runs]
-        panels.append(("validation puzzles solved", price.replace("_", " "), curves))
-    plot(path, title, panels)
-
-
-def draw_frame(ax, task: Task, caption: str, tokens: torch.Tensor, crosses: torch.Tensor) -> None:
-    """Tokens [L] or [H, W] as coloured cells, with the task's glyphs, and crosses on some cells."""
+def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
+    """Draw at most 12 of the frames (caption, tokens [H, W], changed cells [H, W]) side by side."""
+    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
-    cells, crosses = (grid(v[None])[0].cpu() for v in (tokens, crosses))
-    (H, W), last = cells.shape, len(task.colours) - 1
-    ax.imshow(cells.clamp(max=last), cmap=ListedColormap([*task.colours.values()]), vmin=0, vmax=last)
-    for row, col in cells.nonzero().tolist() if task.glyphs else ():
-        ax.text(col, row, task.glyphs[cells[row, col]], ha="center", va="center", fontsize=88 / H)
-    height, width = BOXES[H] if "1" in task.glyphs else (H, W)
-    for k in range(H + 1) if task.glyphs else ():
-        ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
-        ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
-    row, col = crosses.nonzero().T + torch.tensor([[-0.28], [0.28]]) * bool(task.glyphs)  # beside the glyph
-    for colour, width in (("white", 3.5), (COLOURS[1], 1.7)):  # with a white rim: seen on any colour
-        ax.plot(col, row, "x", color=colour, mew=width, ms=44 / max(H, W))
-    ax.set_title(caption, fontsize=9)
-    ax.set(xticks=[], yticks=[])
-
-
-def draw_frames(task: Task, frames: list, title: str, path: Path) -> list[str]:
-    """At most 18 frames (caption, tokens, changed cells): `path`.png side by side, `path`.gif one by one."""
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation
-
-    frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 17) for k in range(18)})]
-    rows = math.ceil(len(frames) / 4)
-    cols = math.ceil(len(frames) / rows)
-    whole = plt.figure(figsize=(2.4 * cols, 2.6 * rows + 0.8), layout="constrained")
-    whole.suptitle(title, wrap=True)
-    for i, frame in enumerate(frames, 1):
-        draw_frame(whole.add_subplot(rows, cols, i), task, *frame)
+    frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 11) for k in range(12)})]
+    rows, last = math.ceil(len(frames) / 4), len(task.colours) - 1
+    fig = plt.figure(figsize=(10, 2.7 * rows + 0.8), layout="constrained")
+    for i, (caption, cells, changed) in enumerate(frames, 1):
+        ax, (H, W), shown = fig.add_subplot(rows, 4, i), cells.shape, cells.clamp(max=last).numpy()
+        ax.imshow(shown, cmap=ListedColormap([*task.colours.values()]), vmin=0, vmax=last)
+        for row, col in cells.nonzero().tolist() if task.glyphs else ():
+            ax.text(col, row, task.glyphs[cells[row, col]], ha="center", va="center", fontsize=88 / H)
+        for k in range(H + 1) if task.glyphs else ():
+            height, width = BOXES[H] if "1" in task.glyphs else (H, W)
+            ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
+            ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
+        row, col = changed.nonzero().T + 0.28 * bool(task.glyphs) * torch.tensor([[-1], [1]])  # beside glyphs
+        for colour, width in (("white", 3.5), (COLOURS[1], 1.7)):  # with a white rim: seen on any colour
+            ax.plot(col, row, "x", color=colour, mew=width, ms=44 / max(H, W))
+        ax.set_title(caption, fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    fig.suptitle(title, wrap=True)
     keys = [plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.5", label=name) for name, c in task.colours.items()]
     keys.append(plt.Line2D([], [], color=COLOURS[1], marker="x", ls="", label="changed"))
-    whole.legend(handles=keys, loc="outside lower center", ncols=7, frameon=False)
-    one, ax = plt.subplots(figsize=(3.2, 3.5), layout="constrained")
-    frames += frames[-2:]  # linger at the end
-    animation = FuncAnimation(one, lambda frame: (ax.clear(), draw_frame(ax, task, *frame)), frames)
-    with replacing(path.with_suffix(".png")) as png, replacing(path.with_suffix(".gif")) as gif:
-        whole.savefig(png, dpi=110)
-        animation.save(gif, "pillow", fps=1, dpi=90)
-    plt.close("all")
-    return [f"{path.name}.png", f"{path.name}.gif"]
+    fig.legend(handles=keys, loc="outside lower center", ncols=7, frameon=False)
+    with replacing(path) as beside:
+        fig.savefig(beside, dpi=110)
+    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1267,7 +1227,6 @@ class Config(TrainConfig):
     size: int = 11  # side of the grid in cells; in a maze, every second cell is a room [4, 61]
     blanks: int = 0  # sudoku: maximum number of empty cells; 0: as many as leave one solution [0, 64]
     data: str = ""  # folder with train.csv and test.csv (columns question, answer) to use instead
-    views: bool = True  # with --data: show training puzzles in random symmetric views
     train_size: int = 20000  # maximum number of distinct training puzzles [1, 1e8]
     pick: int = 2  # generate this many per training puzzle and keep the longest solution [1, 100]
     test_size: int = 1000  # held-out puzzles for the final evaluation [1, 1e7]
@@ -1281,34 +1240,38 @@ class Config(TrainConfig):
     save_minutes: float = 10.0  # minutes between checkpoints to --resume from; 0: none [0, 1e6]
     out: str = ""  # folder for the results (default: runs/<task>-<scheme>)
     figures: bool = True  # draw the figures; needs matplotlib
+    eval: str = ""  # evaluate this model.pt; do not train
+    solve: str = ""  # solve the puzzles in this text file, or - for standard input
+    compare: str = ""  # train and compare these schemes, also with options: trm,dis,dis+noise=0+pace=8
+    resume: bool = False  # continue the same command where it was stopped
+    checkpoint: str = ""  # with --solve: use this model.pt, not the newest of the task in runs/
+    answers: str = ""  # with --solve: write the answers to this file, one a line
+    steps_shown: bool = False  # with --solve: print every step of every puzzle, not only of a single one
+    seeds: int = 1  # with --compare: number of seeds to train each with [1, 1000]
 
 
 CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS, "halt": ("off", *HALTS)}
 CHOICES |= {"device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16")}
+MODES = {  # without any of these, a model is trained; which options go only with it; which do not
+    "eval": ((), ()),
+    "solve": (("checkpoint", "answers", "steps_shown"), ("size", "data", "halt", "test_size")),
+    "compare": (("seeds",), ()),
+    "resume": ((), ()),
+}
 ELSEWHERE = ("device", "out", "figures", "compile", "save_minutes", "shape")  # do not affect results
+ELSEWHERE += (*MODES, *(name for only, _ in MODES.values() for name in only))
 LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")  # may differ when training is resumed
 AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size")  # may differ at evaluation
-COMMANDS = {  # {name: (default, help)}; without any of the first four, a model is trained
-    "eval": ("", "evaluate this model.pt; do not train"),
-    "solve": ("", "solve the puzzles in this text file, or - for standard input"),
-    "compare": ("", "train and compare these schemes, also with options: trm,dis,dis+noise=0+pace=8"),
-    "resume": (False, "continue the same command where it was stopped"),
-    "checkpoint": ("", "with --solve: use this model.pt, not the newest of the task in runs/"),
-    "answers": ("", "with --solve: write the answers to this file, one a line"),
-    "steps_shown": (False, "with --solve: print every step of every puzzle, not only of a single one"),
-    "seeds": (1, "with --compare: number of seeds to train each with"),
-}
-WITH = [("seeds", "compare"), *((name, "solve") for name in ("checkpoint", "answers", "steps_shown"))]
-WITHOUT = [(name, "solve") for name in ("size", "data", "halt", "test_size")]
-FIELD = r"^    (?!vocab|shape)(\w+): .*?  # (.*?)(?: \[(\S+), (\S+)\])?$"  # in the sources of the dataclasses
-OPTIONS = {  # {name: (help, lowest, highest value)}
+OPTIONS = {  # {name: (help, lowest, highest value)}, from the sources of the dataclasses
     name: (text, float(low or 0), float(high or 0))
     for cls in (ModelConfig, TrainConfig, Config)
-    for name, text, low, high in re.findall(FIELD, inspect.getsource(cls), re.M)
+    for name, text, low, high in re.findall(
+        r"^    (?!vocab|shape)(\w+): .*?  # (.*?)(?: \[(\S+), (\S+)\])?$", inspect.getsource(cls), re.M
+    )
 }
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 SPENT = ("passes", "params", "examples_seen", "train_passes", "train_seconds")
 SETTLED = stopping("change", 0.01)  # where --solve and --tries stop thinking
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 def flag(name: str) -> str:
@@ -1324,18 +1287,18 @@ def configure(**given) -> Config:
         with reading(path := Path(given["data"]) / "train.csv", "a CSV file with puzzles"):
             values |= {"size": math.isqrt(len(next(csv_rows(path))[1])), "pick": 1}
     cfg = Config(**values | SCHEMES[given.get("scheme", values["scheme"])] | given)
-    ranges = [(name, low, high) for name, (_, low, high) in OPTIONS.items() if high]
-    rules = [
-        (name, low <= getattr(cfg, name) <= high, f"from {low:g} to {high:g}") for name, low, high in ranges
-    ]
-    rules += [
+    for name, good, allowed in (
+        *(
+            (k, lo <= getattr(cfg, k) <= hi, f"from {lo:g} to {hi:g}")
+            for k, (_, lo, hi) in OPTIONS.items()
+            if hi
+        ),
         ("size", cfg.size in task.sizes, f"one of {', '.join(map(str, task.sizes))}"),
         ("kernel", cfg.kernel % 2, "odd"),
         ("heads", cfg.mixer != "attention" or not cfg.width % (2 * cfg.heads), "half a divisor of --width"),
         ("halt", cfg.halt != "head" or cfg.act, "used with --act, which trains the head"),
         ("batch_size", cfg.batch_size % RANKS == 0, f"a multiple of the {RANKS} processes"),
-    ]
-    for name, good, allowed in rules:
+    ):
         if not good:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be {allowed}")
     vocab = len(task.letters[: cfg.size + 1]) + (cfg.target == "mask")
@@ -1394,13 +1357,12 @@ def snapshot(run: SimpleNamespace) -> dict:
 def restore(run: SimpleNamespace, state: dict) -> None:
     """Bring back what `snapshot` took: on a CPU, training goes on as if it had never stopped."""
     torch.set_rng_state(state.pop("chance"))
-    device = run.done.device
+    to = lambda new: new.to(run.done.device) if torch.is_tensor(new) else new  # noqa: E731
     for name, new in state.items():
         if hasattr(old := getattr(run, name), "load_state_dict"):
             old.load_state_dict(new)
         else:
-            setattr(run, name, [t.to(device) for t in new] if name == "rows" else new)
-    run.done, run.seen, run.order = (t.to(device) for t in (run.done, run.seen, run.order))
+            setattr(run, name, [*map(to, new)] if isinstance(new, list) else to(new))
 
 
 def average(tensors: list) -> None:
@@ -1436,7 +1398,7 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
     task, parts, began = TASKS[cfg.task], [], time.monotonic()
     if cfg.data:
         path = Path(cfg.data) / ("test.csv" if split == "test" else "train.csv")
-        return read_csv(path, task, cfg.size, split, count, seed, cfg.views)
+        return read_csv(path, task, cfg.size, split, count, seed)
     pick, chunk = cfg.pick if split == "train" else 1, max(1, 240_000 // cfg.size**2)
     given = {name: getattr(cfg, name) for name in task.options}
     for k, done in enumerate(range(0, count, chunk)):
@@ -1449,24 +1411,25 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
     return Puzzles(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def fit(cfg: Config, interrupts: list, path: Path | None = None, resume: bool = False) -> tuple:
-    """A trained model, the facts of its training, and whether a checkpoint could not be saved."""
-    content = read(path, "a training.pt of this command", asdict(cfg), LATER) if resume else {"curve": []}
+def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, bool]:
+    """A trained model, the facts of its training, and whether a checkpoint could not be saved to `path`."""
+    wanted = (asdict(cfg), LATER)
+    content = read(path, "a training.pt of this command", *wanted) if cfg.resume else {"curve": []}
     torch.manual_seed(cfg.seed)
-    model, failed, facts = place(LoopedModel(cfg)), [], {"curve": content["curve"]}
+    model, failed, saved = place(LoopedModel(cfg)), [], [time.monotonic()]
     torch.manual_seed(cfg.seed + RANK)
     # each of N processes trains on every Nth puzzle, with 1 / N of the batch and its own noise
-    seen = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
-    data = make_puzzles(cfg, seen, "train", cfg.seed)[RANK::RANKS].to(model.y0.device)
+    count = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
+    data = make_puzzles(cfg, count, "train", cfg.seed)[RANK::RANKS].to(model.y0.device)
     valid = make_puzzles(cfg, min(200, cfg.test_size), "valid").to(model.y0.device)
-    saved, facts["longest"] = [time.monotonic()], (data.x != data.y).sum(1).max().item()
+    facts = {"curve": content["curve"], "longest": (data.x != data.y).sum(1).max().item()}
 
     def watch(run: SimpleNamespace, loss: float | None) -> bool:
         """Shows progress, saves, and ends training after Ctrl-C or a lost loss."""
         if loss is not None:
             progress(run, loss, cfg, valid, facts)
         due = cfg.save_minutes and time.monotonic() - saved[-1] > 60 * cfg.save_minutes
-        if path and not RANK and (due or interrupts):
+        if not RANK and (due or interrupts):
             saved.append(time.monotonic())
             try:
                 write(path, {"config": asdict(cfg), "curve": facts["curve"], "run": snapshot(run)})
@@ -1479,7 +1442,7 @@ def fit(cfg: Config, interrupts: list, path: Path | None = None, resume: bool = 
         return stop > 0
 
     local = replace(cfg, batch_size=cfg.batch_size // RANKS, examples=-(-cfg.examples // RANKS))
-    resuming = (lambda run: restore(run, content["run"])) if resume else None
+    resuming = (lambda run: restore(run, content["run"])) if cfg.resume else None
     return place(train(model, data, local, watch, average, resuming)), facts, bool(failed)
 
 
@@ -1496,31 +1459,9 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
         facts["curve"].append(now | {"exact": solved.double().mean().item()})
     if tenth or sys.stdout.isatty():
         known = f"validation solved {facts['curve'][-1]['exact']:.1%}  " if facts["curve"] else ""
-        line = f"{share:4.0%}  update {run.step}  loss {loss:.4f}  {known}{seen / run.seconds:.0f} examples/s"
-        left = f"{run.seconds / share - run.seconds:.0f} s left"
-        print(f"{line}  {left}", end="\n" if tenth else "\r", flush=True)
-
-
-def print_results(found: dict, longer: dict) -> None:
-    """What `diagnose` found, a line for each step and each exit rule, and the thinking of each size."""
-    print("\nstep solved  cells log pi(y*)         gain, 95%   margin    > 0 KL(c||u)    w*  at w*  verdict")
-    line = "{:4} {:6.1%} {:6.1%} {:10.5f} {:8.5f} {:8.5f} {:8.5f} {:6.1%} {:8.5f} {:5.2f} {:6.1%}  {}"
-    names = ("exact", "cells", "logp", "gain_interval", "margin", "margin_positive", "kl", "w_star")
-    for k, verdict in enumerate(found["verdict"]):
-        exact, cells, logp, gain, *more = (found[name][k] for name in names)
-        words = verdict if verdict == "dead" else f"{verdict}, {found['step_size'][k]}"
-        print(line.format(k + 1, exact, cells, logp, *gain, *more, found["guided_exact"][k][-1], words))
-    print(f"\n{found['summary']}")
-    if cut := found.get("cut"):
-        print(f"with the improving steps alone, {cut['won']} more puzzles are solved, {cut['lost']} fewer")
-    print("\nexit by   solved  passes   (thresholds from validation puzzles)")
-    for rule, of in found["halting"].items():
-        print(f"{rule:8}  {of['exact']:6.1%}  {of['passes']:6.1f}")
-    steps = len(next(iter(longer.values()))["exact"])
-    shown = sorted({round(steps * k / 12) for k in range(1, 13)} - {0})
-    print("\nsolved after steps", *(f"{s:6}" for s in shown))
-    for size, of in longer.items():
-        print(f"{f'{size} x {size}':18}", *(f"{of['exact'][s - 1]:6.1%}" for s in shown))
+        speed = f"{seen / run.seconds:.0f} examples/s  {run.seconds / share - run.seconds:.0f} s left"
+        line = f"{share:4.0%}  update {run.step}  loss {loss:.4f}  {known}{speed}"
+        print(line, end="\n" if tenth else "\r", flush=True)
 
 
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
@@ -1547,8 +1488,9 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
 def frames_of(model: LoopedModel, x: torch.Tensor, steps) -> list:
     """[(caption, answer [H, W], changed cells), ..] for x [H, W], until nothing moves."""
     frames, now, task = [("puzzle", x, torch.zeros_like(x))], x, TASKS[model.cfg.task]
-    for s, step in enumerate(rollout(resized(model, x.shape), x.reshape(1, -1), steps), 1):
-        last, now = now, step.logits_c.argmax(-1).view_as(x).to(x.dtype)
+    asked = x.reshape(1, -1).to(model.y0.device)
+    for s, step in enumerate(rollout(resized(model, x.shape), asked, steps), 1):
+        last, now = now, step.logits_c.argmax(-1).view_as(x).to(x)
         solved = "solved" if task.solved(x[None], now[None]) else "not solved"
         frames.append((f"step {s}: {solved}, {(now != last).sum()} changed", now, now != last))
         if SETTLED(model, step):
@@ -1556,7 +1498,41 @@ def frames_of(model: LoopedModel, x: torch.Tensor, steps) -> list:
     return frames
 
 
-def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
+def show_steps(model: LoopedModel, x, asked, said, steps, words: str, path: Path | str) -> None:
+    """Print every step for the puzzle x [H, W], `asked` without its rim, and draw them to a `path`."""
+    task, inner = TASKS[model.cfg.task], frames_of(model, asked, steps)
+    seen = [x, *(outside(x, now) for _, now, _ in inner[1:])]
+    frames = [(f[0], b, a != b) for f, a, b in zip(inner, [x, *seen], seen, strict=False)]
+    for caption, now, _ in [*frames, (words, said, None)]:
+        print(f"\n{caption}", *("".join(task.letters[t] for t in row) for row in now.tolist()), sep="\n")
+    if path:
+        draw_frames(task, frames, words, path)
+        print(f"wrote {path}")
+
+
+def print_results(found: dict, longer: dict) -> None:
+    """What `diagnose` found, a line for each step and each exit rule, and the thinking of each size."""
+    print("\nstep solved  cells log pi(y*)         gain, 95%   margin    > 0 KL(c||u)    w*  at w*  verdict")
+    line = "{:4} {:6.1%} {:6.1%} {:10.5f} {:8.5f} {:8.5f} {:8.5f} {:6.1%} {:8.5f} {:5.2f} {:6.1%}  {}"
+    names = ("exact", "cells", "logp", "gain_interval", "margin", "margin_positive", "kl", "w_star")
+    for k, verdict in enumerate(found["verdict"]):
+        exact, cells, logp, gain, *more = (found[name][k] for name in names)
+        words = verdict if verdict == "dead" else f"{verdict}, {found['step_size'][k]}"
+        print(line.format(k + 1, exact, cells, logp, *gain, *more, found["guided_exact"][k][-1], words))
+    print(f"\n{found['summary']}")
+    if cut := found.get("cut"):
+        print(f"with the improving steps alone, {cut['won']} more puzzles are solved, {cut['lost']} fewer")
+    print("\nexit by   solved  passes   (thresholds from validation puzzles)")
+    for rule, of in found["halting"].items():
+        print(f"{rule:8}  {of['exact']:6.1%}  {of['passes']:6.1f}")
+    steps = len(next(iter(longer.values()))["exact"])
+    shown = sorted({round(steps * k / 12) for k in range(1, 13)} - {0})
+    print("\nsolved after steps", *(f"{s:6}" for s in shown))
+    for size, of in longer.items():
+        print(f"{f'{size} x {size}':18}", *(f"{of['exact'][s - 1]:6.1%}" for s in shown))
+
+
+def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
     """Diagnose a model; print, draw and write what was found."""
     cfg, device, task, longer = model.cfg, model.y0.device, TASKS[model.cfg.task], {}
     test = make_puzzles(cfg, cfg.test_size, "test").to(device)
@@ -1568,8 +1544,8 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
     for s in (cfg.size, *(s for s in larger if cfg.size < s and s in task.sizes)):
         count = max(5, min(24_000, test.x.numel()) // s**2)
         some = make_puzzles(replace(cfg, size=s), count, "test").to(device)
-        measured = evaluate(resized(model, (s, s)), some, task.solved, range(1, 4 * cfg.n_sup + 1))
-        longer[s] = {"puzzles": len(some), **measured}
+        longer[s] = evaluate(resized(model, (s, s)), some, task.solved, range(1, 4 * cfg.n_sup + 1))
+        longer[s]["puzzles"] = len(some)
     print_results(found, longer)
     if cfg.tries > 1:
         _, accepted, passes = attempts(model, grid(test.x), steps, cfg.tries)
@@ -1584,70 +1560,69 @@ def report(model: LoopedModel, facts: dict, out: Path, started: float) -> None:
     if found["label"] != found["exact"]:
         print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
     if cfg.figures:
-        draw_diagnosis(found, longer, out)
+        draw_diagnosis(found, longer, out / "diagnosis.png")
         work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, cells to find
-        x, y, *_ = (grid(t[None])[0] for t in test[work.argsort(stable=True)[-max(1, len(test) // 100)]])
+        x, y, *_ = (
+            grid(t[None].cpu())[0] for t in test[work.argsort(stable=True)[-max(1, len(test) // 100)]]
+        )
         frames = [*frames_of(model, x, steps), ("solution", y, torch.zeros_like(y))]
         title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
-        draw_frames(task, frames, title, out / "solution")
+        draw_frames(task, frames, title, out / "solution.png")
     for of in (found, *longer.values()):
         del of["each"]
-    metrics = {"task": cfg.task, "scheme": cfg.scheme, "size": cfg.size, "seed": cfg.seed, "params": params}
+    metrics = {name: getattr(cfg, name) for name in ("task", "scheme", "size", "seed")} | {"params": params}
     metrics |= {"device": str(device), "torch": torch.__version__, **facts, **found, "thinking": longer}
-    metrics |= {"config": asdict(cfg), "total_seconds": round(time.perf_counter() - started, 2)}
+    metrics |= {"config": asdict(cfg), "total_seconds": round(time.perf_counter() - began, 2)}
     write(out / "metrics.json", metrics)
     print(f"{metrics['total_seconds']:.0f} s in all; results are in {out}")
 
 
-def compare(given: dict, text: str, seeds: int, interrupts: list) -> int:
-    """Run all that --compare names, unless the results are there; print, write and draw. The exit code."""
+def compare(given: dict, interrupts: list) -> int:
+    """Run all that --compare names, unless the results are there; print and write a table. The exit code."""
     arms, found = {}, {}
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: must be at least 1")
-    for name in text.split(","):
+    for name in given.pop("compare").split(","):
         own = parse([f"--{part}" for part in f"scheme={name}".split("+")])
-        if (shared := own.keys() & {"task", "seed", *AT_EVALUATION, *COMMANDS}) or name in arms:
+        if (shared := own.keys() & {"task", "seed", *AT_EVALUATION}) or name in arms:
             raise UserError(f"--compare {name}: must not stand twice, or have {[*map(flag, shared)]}")
         arms[name] = configure(**given | own)
     first = arms[name]
     folder = prepare_folder(first.out or f"runs/{first.task}-compare")
-    for k, (name, cfg) in itertools.product(range(seeds), arms.items()):
-        cfg = replace(cfg, seed=cfg.seed + k, figures=False, out=str(folder / f"{name}-{cfg.seed + k}"))
-        path = Path(cfg.out) / "metrics.json"
-        halfway = path.with_name("training.pt").exists()
-        if (halfway or not path.exists()) and (code := learn(cfg, interrupts, halfway)):
+    for k, (name, cfg) in itertools.product(range(first.seeds), arms.items()):
+        out = folder / f"{name}-{cfg.seed + k}"
+        halfway, path = (out / "training.pt").exists(), out / "metrics.json"
+        cfg = replace(cfg, seed=cfg.seed + k, out=str(out), resume=halfway, figures=False)
+        if (halfway or not path.exists()) and (code := learn(cfg, interrupts)):
             return code
         with reading(path, "a run of this command, or be removed"):
             run = json.loads(path.read_text())
             unchanged(run["config"], asdict(cfg), ELSEWHERE)
-            numbers = [at[key] for at in run["curve"] for key in ("exact", *SPENT[2:])]
-            if not torch.tensor([*numbers, run["exact"][-1], *(run[key] for key in SPENT)]).isfinite().all():
+            numbers = [run["exact"][-1], *(run[key] for key in SPENT), *(at["exact"] for at in run["curve"])]
+            if not torch.tensor(numbers).isfinite().all():
                 raise UserError("numbers that are not finite")
             wanted = ("exact", "curve", "verdict", "config", *SPENT)
-            found.setdefault(name, {"runs": []})["runs"].append({key: run[key] for key in wanted})
+            found.setdefault(name, []).append({key: run[key] for key in wanted})
     print("\nsolved, least to most    passes     params  examples  passes in training  seconds  scheme")
-    for name, of in found.items():
-        exact = [run["exact"][-1] for run in of["runs"]]
-        medians = {key: sorted(run[key] for run in of["runs"])[seeds // 2] for key in SPENT}
-        of |= {"exact": sum(exact) / seeds, "least": min(exact), "most": max(exact), **medians}
-        line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
-        print(line.format(*[*of.values()][1:], name))
+    line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
+    for name, runs in found.items() if not RANK else ():
+        exact = [run["exact"][-1] for run in runs]
+        medians = [sorted(run[key] for run in runs)[len(runs) // 2] for key in SPENT]
+        print(line.format(sum(exact) / len(runs), min(exact), max(exact), *medians, name))
     if not RANK:
         write(folder / "compare.json", {"task": first.task, "torch": torch.__version__, "arms": found})
-    if not RANK and first.figures:
-        means = ", ".join(f"{name} {of['exact']:.1%}" for name, of in found.items())
-        draw_comparison(found, f"{first.task}, on average: {means}", folder / "compare.png")
     return 0
 
 
-def solve(given: dict, source: str, checkpoint="", answers="", steps_shown=False) -> int:
+def solve(given: dict) -> int:
     """Solve and check the puzzles of a text. The exit code: 0; 1 if some are not solved; 2 for bad input."""
+    source = given["solve"]
     with reading(source, "a text file with puzzles, or -"):
         text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
-        newest = sorted(Path("runs").glob(f"{given.get('task', 'maze')}-*/model.pt"), key=os.path.getmtime)
-        if not (newest or checkpoint):
-            raise UserError("no trained model in runs/, and no --checkpoint")
-    model, facts = load_checkpoint(checkpoint or newest[-1], **{"tries": 16} | given)
+    saved = sorted(Path("runs").glob(f"{given.get('task', 'maze')}-*/model.pt"), key=os.path.getmtime)
+    if not (path := given.get("checkpoint", saved and str(saved[-1]))):
+        raise UserError(
+            f"--solve {source}: no trained model in runs/; must be trained, or named by --checkpoint"
+        )
+    model, facts = load_checkpoint(path, **{"tries": 16} | given)
     cfg, task, puzzles, found, written = model.cfg, TASKS[model.cfg.task], {}, {}, []
     steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 8)) + 1)
     if not (every := boards(text, task, cfg.size)):
@@ -1665,47 +1640,43 @@ def solve(given: dict, source: str, checkpoint="", answers="", steps_shown=False
         said, tried = outside(x, found[line][0].cpu()), found[line][1].item()
         good = task.solved(x[None], said[None]).item()
         words = f"solved (checked), try {tried}" if good else f"not solved: {(said != y).sum()} cells wrong"
-        more, most = (x != y).sum().item(), facts.get("longest", math.inf)
+        more, most = (x != y).sum().item(), facts["longest"]
         words += f"; {more} cells to find, at most {most} in training" * (more > most)
         if cfg.task == "sudoku" and (other_solutions(x.view(1, -1), y.view(1, -1)).view_as(y) != y).any():
             words += "; several solutions"
-        if steps_shown or len(every) == 1:
-            inner = frames_of(model, asked, steps)
-            seen = [x, *(outside(x, now) for _, now, _ in inner[1:])]
-            frames = [(f[0], b, a != b) for f, a, b in zip(inner, [x, *seen], seen, strict=False)]
-            for caption, now, _ in [*frames, (words, said, None)]:
-                drawn = ["".join(task.letters[t] for t in row) for row in now.tolist()]
-                print(f"\n{caption}", *drawn, sep="\n")
-            if cfg.out:
-                print("wrote", *draw_frames(task, frames, words, prepare_folder(cfg.out) / f"line-{line}"))
+        if cfg.steps_shown or len(every) == 1:
+            show_steps(
+                model, x, asked, said, steps, words, cfg.out and prepare_folder(cfg.out) / f"line-{line}.png"
+            )
         print(f"line {line}: {words}", flush=True)
         written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
-    print(f"{sum(map(bool, written))} of {len(every)} solved by {checkpoint or newest[-1]}")
-    if answers:
-        with reading(answers, "a file to write to"), replacing(Path(answers)) as beside:
+    print(f"{sum(map(bool, written))} of {len(every)} solved by {path}")
+    if cfg.answers:
+        with reading(cfg.answers, "a file to write to"), replacing(Path(cfg.answers)) as beside:
             beside.write_text("\n".join([*written, ""]))
     return 2 if len(puzzles) < len(every) else int(not all(written))
 
 
-def learn(cfg: Config, interrupts: list, resume: bool = False, started: float | None = None) -> int:
+def learn(cfg: Config, interrupts: list) -> int:
     """Train a model, write it, and report on it. The exit code."""
     out, began = Path(cfg.out or f"runs/{cfg.task}-{cfg.scheme}"), time.perf_counter()
-    if not resume:
+    path = out / "training.pt"
+    if not cfg.resume:
         prepare_folder(out)
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}: see {out}", flush=True)
-    model, facts, failed = fit(cfg, interrupts, out / "training.pt", resume)
+    model, facts, failed = fit(cfg, path, interrupts)
     if not RANK:
         write(out / "model.pt", {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
-        report(model, facts, out, started or began)
+        report(model, facts, out, began)
     average([torch.zeros(1)])  # the others wait
     if interrupts:
         print("\nlrpi: interrupted, saved and evaluated; --resume continues training", file=sys.stderr)
-    elif (out / "training.pt").is_file():
-        (out / "training.pt").unlink(missing_ok=True)
+    elif path.is_file():
+        path.unlink(missing_ok=True)
     return 130 if interrupts else 2 * failed
 
 
-def prepare_folder(path: str) -> Path:
+def prepare_folder(path: str | Path) -> Path:
     """The folder `path`, made if need be. Raises `UserError` if nothing can be written there."""
     with reading(f"--out {path}", "a folder that can be written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -1721,45 +1692,48 @@ def parse(argv) -> dict:
 
     parser = argparse.ArgumentParser("lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error, modes = fail, parser.add_mutually_exclusive_group()
-    known = COMMANDS | {name: (getattr(Config, name), text) for name, (text, *_) in OPTIONS.items()}
-    for k, (name, (default, text)) in enumerate(known.items()):
-        how = {"type": type(default), "choices": CHOICES.get(name), "metavar": "VALUE"}
+    for name, (text, low, high) in OPTIONS.items():
+        how = {
+            "type": type(default := getattr(Config, name)),
+            "choices": CHOICES.get(name),
+            "metavar": "VALUE",
+        }
         how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else how
         how |= {"nargs": "?", "const": "kl"} if name == "halt" else {}
         text += f": {', '.join(CHOICES[name])}" if name in CHOICES else ""
-        low, high = OPTIONS.get(name, ("", 0, 0))[1:]
         text = (text + f", from {low:g} to {high:g}" * (high > 0) + f" [{default}]").replace("%", "%%")
-        (modes if k < 4 else parser).add_argument(flag(name), help=text, default=argparse.SUPPRESS, **how)
+        (modes if name in MODES else parser).add_argument(
+            flag(name), help=text, default=argparse.SUPPRESS, **how
+        )
     return vars(parser.parse_args(argv))
 
 
-def run(given: dict, started: float, interrupts: list) -> int:
-    """Do what one of the COMMANDS asks for; without any, train a model and report on it. The exit code."""
-    for name in [name for name, value in given.items() if value == ""]:
-        raise UserError(f"{flag(name)} '': must not be empty")
-    for name, command in (*WITH, *WITHOUT):
-        if name in given and (command in given) != ((name, command) in WITH):
-            how = f"with{'out' * (command in given)} {flag(command)}"
-            raise UserError(f"{flag(name)} {given[name]}: must go {how}")
-    asked = {name: given.pop(name) for name in COMMANDS if name in given}
+def run(given: dict, interrupts: list) -> int:
+    """Do what one of the MODES asks for; without any, train a model and report on it. The exit code."""
+    for name, value in given.items():
+        if value == "":
+            raise UserError(f"{flag(name)} '': must not be empty")
+    for mode, (only, never) in MODES.items():
+        for name in given.keys() & {*(never if mode in given else only)}:
+            raise UserError(f"{flag(name)} {given[name]}: must go with{'out' * (mode in given)} {flag(mode)}")
     if given.get("figures", True):
         import matplotlib
 
         matplotlib.use("Agg")  # draw to files; and if it is missing, say so now and not after the training
-    if "solve" in asked:
-        return solve(given, asked.pop("solve"), **asked)
-    if "compare" in asked:
-        return compare(given, asked["compare"], asked.get("seeds", 1), interrupts)
-    if "eval" not in asked:
-        return learn(configure(**given), interrupts, asked.get("resume", False), started)
-    model, facts = load_checkpoint(asked["eval"], **given)
-    report(model, facts, prepare_folder(model.cfg.out or Path(asked["eval"]).parent / "eval"), started)
+    if "solve" in given:
+        return solve(given)
+    if "compare" in given:
+        return compare(given, interrupts)
+    if "eval" not in given:
+        return learn(configure(**given), interrupts)
+    began, (model, facts) = time.perf_counter(), load_checkpoint(given["eval"], **given)
+    report(model, facts, prepare_folder(model.cfg.out or Path(given["eval"]).parent / "eval"), began)
     return 0
 
 
-def main(argv=None, started: float | None = None) -> int:
+def main(argv=None) -> int:
     """The command line. Returns the exit code: 0, 2 after bad input or a failure, 130 after Ctrl-C."""
-    interrupts, started = [], time.perf_counter() if started is None else started
+    interrupts = []
     for name in ("stdin", "stdout", "stderr"):  # None if closed by the shell: <&- or >&-
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
 
@@ -1774,7 +1748,7 @@ def main(argv=None, started: float | None = None) -> int:
         if RANKS > 1:  # torchrun started several of us; all but rank 0 are silent
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
-            return run(parse(argv), started, interrupts)
+            return run(parse(argv), interrupts)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -1795,4 +1769,4 @@ def main(argv=None, started: float | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(started=time.perf_counter() - time.process_time()))  # imports count, by their CPU time
+    sys.exit(main())

@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1800, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1790, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -661,7 +661,7 @@ def test_evaluation_against_plain_loops(monkeypatch):
     logits = synthetic(monkeypatch, puzzles, [0.0, 3.0, 3.5, 4.0], 1.0)
     found = lrpi.evaluate(lrpi.LoopedModel(tiny()), puzzles, lrpi.maze_solved, ws=[ws] * 3)
     for i, s in itertools.product(range(12), range(3)):
-        want, bins = defaultdict(float), [0.0] * (len(lrpi.MARGIN_EDGES) + 1)
+        want = defaultdict(float)
         u, c, maze, label = logits[i, s], logits[i, s + 1], puzzles.x[i].tolist(), puzzles.y[i].tolist()
         answer = c.argmax(-1).tolist()
         want["exact"], want["label"] = solved_by_hand(maze, answer, 5), answer == label
@@ -672,9 +672,8 @@ def test_evaluation_against_plain_loops(monkeypatch):
             values = {"cells": answer[cell] == a, "logp": math.log(pc[a]), "gain": A[a], "kl": kl}
             for name, value in (values | {"margin": A[a] - kl, "margin_positive": A[a] > kl}).items():
                 want[name] += value / 25
-            bins[sum(A[a] - kl > edge for edge in lrpi.MARGIN_EDGES)] += 1 / 25
             want["change"] = max(want["change"], *(abs(q - p) for p, q in zip(pu, pc, strict=True)))
-        guided, want["margins"] = [u + w * (c - u) for w in ws], bins
+        guided = [u + w * (c - u) for w in ws]
         want["guided_exact"] = [float(solved_by_hand(maze, l_w.argmax(-1).tolist(), 5)) for l_w in guided]
         want["guided_logp"] = [-F.cross_entropy(l_w, puzzles.y[i].long()).item() for l_w in guided]
         assert set(want) == set(found["each"])
@@ -794,11 +793,10 @@ def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_l
     from PIL import Image
 
     (said, out), before, found = trained, contents(trained[1]), read(trained[1])
-    assert {name for name in before if name[-4:] not in (".png", ".gif")} == {"metrics.json", "model.pt"}
-    for name in ("improvement.png", "guidance.png", "thinking.png", "solution.png", "solution.gif"):
+    assert {*before} == {"metrics.json", "model.pt", "diagnosis.png", "solution.png"}
+    for name in ("diagnosis.png", "solution.png"):
         with Image.open(out / name) as image:
-            assert image.format == name[-3:].upper() and len(image.convert("RGB").getcolors(10**6)) > 5
-            assert name[-3:] == "png" or 4 <= image.n_frames <= 7, "puzzle, three steps, solution"
+            assert image.format == "PNG" and len(image.convert("RGB").getcolors(10**6)) > 5
     expected = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 9}
     assert expected.items() <= found.items() and found["config"]["seed"] == 5 and len(found["curve"]) == 10
     assert 120 <= found["examples_seen"] < 135 and found["longest"] <= 15
@@ -869,7 +867,7 @@ def test_kill_9_then_resume():
 
 
 ARMS = ["dis+feedback+linear+target=mask", "trm-medium+n-sup=2+step-index", "one-pass+stablemax+awr=1"]
-COMPARE = f"{BRIEF} --figures --examples 80 --seeds 2 --compare {','.join(ARMS)} --out "
+COMPARE = f"{BRIEF} --examples 80 --seeds 2 --compare {','.join(ARMS)} --out "
 
 
 @pytest.fixture(scope="module")
@@ -881,18 +879,17 @@ def compared(tmp_path_factory):
 def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(compared, capsys):
     names = [f"{arm}-{seed}" for arm in ARMS for seed in (0, 1)]
     runs, found = [read(compared / name) for name in names], read(compared, "compare")["arms"]
-    assert set(contents(compared)) == {"compare.json", "compare.png"} and [*found] == ARMS
+    assert set(contents(compared)) == {"compare.json"} and [*found] == ARMS
     assert {path.name for path in compared.iterdir() if path.is_dir()} == {*names}
     for k, of in enumerate(found.values()):
-        assert of["exact"] == pytest.approx(sum(run["exact"][-1] for run in runs[2 * k : 2 * k + 2]) / 2)
-        for run, record in zip(runs[2 * k : 2 * k + 2], of["runs"], strict=True):
+        for run, record in zip(runs[2 * k : 2 * k + 2], of, strict=True):
             assert record.items() <= run.items() and record["passes"] == (6, 6, 36)[k]
             assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
     with ctrl_c(runs[0]["steps_done"] + 3):  # in the middle of the second run
         assert command(f"{COMPARE} o") == 130
     before = [contents(Path("o") / name) for name in names[:1]]
     capsys.readouterr()
-    assert command(f"{COMPARE} o --no-figures") == 0
+    assert command(f"{COMPARE} o") == 0
     assert before == [contents(Path("o") / name) for name in names[:1]] and "compare.json" in contents("o")
     assert [read(f"o/{name}")["exact"] for name in names] == [run["exact"] for run in runs]
 
@@ -911,7 +908,9 @@ BOARDS = {  # {task: (a text, its two boards)}
 def model_of(task):
     torch.manual_seed(0)
     model = lrpi.LoopedModel(lrpi.configure(task=task, width=8, ffn=8, n_sup=2, mixer="conv"))
-    lrpi.write(Path("m.pt"), {"config": asdict(model.cfg), "model": model.state_dict(), "facts": {}})
+    lrpi.write(
+        Path("m.pt"), {"config": asdict(model.cfg), "model": model.state_dict(), "facts": {"longest": 99}}
+    )
     return model
 
 
@@ -930,7 +929,7 @@ def test_solving_reads_cell_by_cell_and_prints_what_a_plain_rollout_answers(task
             rows[1:] for rows in parts if rows[0] == "puzzle" or rows[0].startswith("step 1: not solved")
         ]
         shown.append(["\n".join(row.rstrip() for row in rows) for rows in parts])
-    assert shown[0] == shown[1] and shown[0][::2] == expected and len(contents("o")) == 4
+    assert shown[0] == shown[1] and shown[0][::2] == expected and len(contents("o")) == 2
     for asked, said in zip(expected, shown[0][1::2], strict=True):
         if asked[:5] == "#####":
             asked, said = "S G", said[7:10].replace("o", "?")  # the rim is not shown to models
@@ -1052,22 +1051,25 @@ def write_csv(name, task, puzzles):
 
 
 @pytest.mark.parametrize("task, size", [("sudoku", 4), ("maze", 7), ("nqueens", 5)])
-def test_csv_files_are_read_trained_on_and_evaluated_on(task, size):
+def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch):
     """Train and valid share nothing; rows are drawn evenly, 5 sigma; views and their rounds are solved."""
     of = lrpi.TASKS[task]
     train, test = of.make(300, size, "train"), of.make(40, size, "test")
     write_csv("train", task, train)
     write_csv("test", task, test)
-    cfg = lrpi.configure(task=task, data=".", views=False)
-    data, valid, again = (lrpi.make_puzzles(cfg, 10**6, split) for split in ("train", "valid", "test"))
+    cfg = lrpi.configure(task=task, data=".")
+    valid, again = (lrpi.make_puzzles(cfg, 10**6, split) for split in ("valid", "test"))
     rows = {*map(tuple, test.x.tolist())}
     assert rows == {*map(tuple, again.x.tolist())} and of.solved(again.x, again.y).all() and len(again) == 40
+    with monkeypatch.context() as patch:
+        patch.setattr(lrpi, "look", lambda cells, *view: cells)
+        data = lrpi.make_puzzles(cfg, 10**3, "train")
     parts = [{*map(tuple, puzzles.x.tolist())} for puzzles in (data, valid, train)]
     assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and parts[1]
     some = torch.cat([lrpi.make_puzzles(cfg, 10, "test", k).x for k in range(200)])
     drawn, copies = (Counter(tuple(row) for row in x.tolist()) for x in (some, test.x))
     assert all(abs(drawn[row] - 50 * n) < 31 * n for row, n in copies.items())
-    view = lrpi.make_puzzles(replace(cfg, views=True), 500, "train")
+    view = lrpi.make_puzzles(cfg, 500, "train")
     assert len(view) == 500 and of.solved(view.x, view.y).all()
     assert len({*map(tuple, view.x.tolist())} - parts[0]) > 30
     assert task == "nqueens" or same([*view], [*of.solve(view.x, view.y)])
@@ -1316,7 +1318,7 @@ def test_sections_can_be_copied():
     maze, boards = copied(5), copied(7)
     puzzles = maze.make_mazes(20, 7, "valid")
     assert maze.maze_solved(puzzles.x, maze.solve_mazes(puzzles.x).y).all() and len(puzzles) == 20
-    y = boards.sudoku_grids(10, 6, generator())
+    y = boards.other_solutions(empty := torch.zeros(10, 36, dtype=torch.uint8), empty, generator())
     x = boards.minimal(y, generator())
     assert boards.sudoku_solved(x, y).all() and (boards.other_solutions(x, y) == y).all() and (x == 0).any()
     y = boards.placements(6)
