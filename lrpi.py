@@ -1121,13 +1121,19 @@ def replacing(path: Path):
 
 def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
     """Curves (label, x, y, *more): `more` is x and y of thin lines, or of one star, in the same colour."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     for k, (label, x, y, *more) in enumerate(curves):
-        colour = COLOURS[k] if len(curves) < 8 else plt.cm.viridis(0.9 * k / len(curves))
+        colour = COLOURS[k] if len(curves) < 8 else colormaps["viridis"](0.9 * k / len(curves))
         hidden = "_" * (k % math.ceil(len(curves) / 8))  # the legend shows at most eight
-        style = {"ls": ("-", "--", "-.", ":")[k % 4], "marker": "." * (len(x) < 30), "color": colour}
-        ax.plot(x, y, label=hidden + label, **style)
+        ax.plot(
+            x,
+            y,
+            ("-", "--", "-.", ":")[k % 4],
+            marker="." * (len(x) < 30),
+            color=colour,
+            label=hidden + label,
+        )
         if more:
             ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
     if "nats" in title:
@@ -1135,22 +1141,19 @@ def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
     else:
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter("{x:.0%}")
-    ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True, min_n_ticks=1))
-    ax.set_title(title, fontsize=10)
-    ax.set_xlabel(xlabel)
+    ax.locator_params("x", nbins=6, integer=True, min_n_ticks=1)
+    ax.set(title=title, xlabel=xlabel)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize="small")
 
 
 def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
     """What each step does, what guidance would do, and what more steps or early exit do: nine panels."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     exact, each, ws, panels, exits = found["exact"], found["each"], found["ws"], [], []
     steps, solved = range(1, len(exact) + 1), each["exact"][:, -1] > 0
-    groups = {"all": solved | True}
-    if 0 < solved.sum() < len(solved):
-        groups |= {"not solved": ~solved, "solved in the end": solved}
+    groups = {"all": solved | True, "not solved": ~solved, "solved in the end": solved}
     for name, title in {
         "exact": "puzzles solved",
         "logp": "log π(y*), nats per cell",
@@ -1159,7 +1162,7 @@ def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
         "margin_positive": "cells with a positive margin",
         "kl": "KL(π_c ‖ π_u), nats per cell",
     }.items():
-        curves = [(group, steps, each[name][rows].mean(0)) for group, rows in groups.items()]
+        curves = [(of, steps, each[name][rows].mean(0)) for of, rows in groups.items() if rows.any()]
         curves[0] += (steps, found[f"{name}_interval"]) if "interval" in title else ()
         panels.append((title, "latent step", curves))
     of_steps = zip(steps, found["w_star"], found["guided_exact"], strict=True)
@@ -1171,47 +1174,43 @@ def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
         passes, test = [s * found["passes"] / len(exact) for s in of["steps"]], found["halting"][rule]
         exits.append((rule, passes, of["exact"], test["passes"], test["exact"]))
     panels.append(("solved, with early exit", "mean passes (★: test)", exits))
-    fig, axes = plt.subplots(3, 3, figsize=(10, 9), layout="constrained")
-    for ax, panel in zip(axes.flat, panels, strict=True):
+    fig = Figure(figsize=(12, 10.8), layout="constrained")
+    for ax, panel in zip(fig.subplots(3, 3).flat, panels, strict=True):
         draw_panel(ax, *panel)
     title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
     early = found["halting"]["kl"]
     words = f"Exit by KL: {early['exact']:.1%}, with {early['passes']:.1f} of {found['passes']} passes"
-    fig.suptitle(f"{title}\n{found['summary']}\n{words}", fontsize=11, wrap=True)
+    fig.suptitle(f"{title}\n{found['summary']}\n{words}", wrap=True)
     with replacing(path) as beside:
-        fig.savefig(beside, dpi=110)
-    plt.close(fig)
+        fig.savefig(beside)
 
 
 def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
-    """Draw at most 12 of the frames (caption, tokens [H, W], changed cells [H, W]) side by side."""
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
+    """Draw at most 12 of the frames (caption, tokens [H, W]); crosses: what changed since the last one."""
+    from matplotlib import colors, figure, patches
 
     frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 11) for k in range(12)})]
     rows, last = math.ceil(len(frames) / 4), len(task.colours) - 1
-    fig = plt.figure(figsize=(10, 2.7 * rows + 0.8), layout="constrained")
-    for i, (caption, cells, changed) in enumerate(frames, 1):
+    fig = figure.Figure(figsize=(10, 2.7 * rows + 0.8), layout="constrained")
+    for i, ((_, before), (caption, cells)) in enumerate(itertools.pairwise([frames[0], *frames]), 1):
         ax, (H, W), shown = fig.add_subplot(rows, 4, i), cells.shape, cells.clamp(max=last).numpy()
-        ax.imshow(shown, cmap=ListedColormap([*task.colours.values()]), vmin=0, vmax=last)
+        ax.imshow(shown, cmap=colors.ListedColormap([*task.colours.values()]), vmin=0, vmax=last)
         for row, col in cells.nonzero().tolist() if task.glyphs else ():
             ax.text(col, row, task.glyphs[cells[row, col]], ha="center", va="center", fontsize=88 / H)
         for k in range(H + 1) if task.glyphs else ():
             height, width = BOXES[H] if "1" in task.glyphs else (H, W)
             ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
             ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
-        row, col = changed.nonzero().T + 0.28 * bool(task.glyphs) * torch.tensor([[-1], [1]])  # beside glyphs
+        row, col = (cells != before).nonzero().T + 0.28 * bool(task.glyphs) * torch.tensor([[-1], [1]])
         for colour, width in (("white", 3.5), (COLOURS[1], 1.7)):  # with a white rim: seen on any colour
-            ax.plot(col, row, "x", color=colour, mew=width, ms=44 / max(H, W))
-        ax.set_title(caption, fontsize=9)
+            (cross,) = ax.plot(col, row, "x", color=colour, mew=width, ms=44 / max(H, W), label="changed")
         ax.set(xticks=[], yticks=[])
+        ax.set_title(caption, fontsize="small")
     fig.suptitle(title, wrap=True)
-    keys = [plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.5", label=name) for name, c in task.colours.items()]
-    keys.append(plt.Line2D([], [], color=COLOURS[1], marker="x", ls="", label="changed"))
-    fig.legend(handles=keys, loc="outside lower center", ncols=7, frameon=False)
+    keys = [patches.Patch(fc=colour, ec="0.5", label=name) for name, colour in task.colours.items()]
+    fig.legend(handles=[*keys, cross], loc="outside lower center", ncols=7, frameon=False)
     with replacing(path) as beside:
-        fig.savefig(beside, dpi=110)
-    plt.close(fig)
+        fig.savefig(beside)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1485,29 +1484,17 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     return said.view_as(x), accepted, passes
 
 
-def frames_of(model: LoopedModel, x: torch.Tensor, steps) -> list:
-    """[(caption, answer [H, W], changed cells), ..] for x [H, W], until nothing moves."""
-    frames, now, task = [("puzzle", x, torch.zeros_like(x))], x, TASKS[model.cfg.task]
-    asked = x.reshape(1, -1).to(model.y0.device)
-    for s, step in enumerate(rollout(resized(model, x.shape), asked, steps), 1):
-        last, now = now, step.logits_c.argmax(-1).view_as(x).to(x)
+def frames_of(model: LoopedModel, x: torch.Tensor, asked: torch.Tensor, steps) -> list:
+    """[(caption, cells [H, W]), ..]: the puzzle x, which the model sees as `asked`, and its answers to it."""
+    frames, task = [("puzzle", x)], TASKS[model.cfg.task]
+    seen = asked.reshape(1, -1).to(model.y0.device)
+    for s, step in enumerate(rollout(resized(model, asked.shape), seen, steps), 1):
+        now = outside(x, step.logits_c.argmax(-1).view_as(asked).to(x))
         solved = "solved" if task.solved(x[None], now[None]) else "not solved"
-        frames.append((f"step {s}: {solved}, {(now != last).sum()} changed", now, now != last))
+        frames.append((f"step {s}: {solved}, {(now != frames[-1][1]).sum()} changed", now))
         if SETTLED(model, step):
             break
     return frames
-
-
-def show_steps(model: LoopedModel, x, asked, said, steps, words: str, path: Path | str) -> None:
-    """Print every step for the puzzle x [H, W], `asked` without its rim, and draw them to a `path`."""
-    task, inner = TASKS[model.cfg.task], frames_of(model, asked, steps)
-    seen = [x, *(outside(x, now) for _, now, _ in inner[1:])]
-    frames = [(f[0], b, a != b) for f, a, b in zip(inner, [x, *seen], seen, strict=False)]
-    for caption, now, _ in [*frames, (words, said, None)]:
-        print(f"\n{caption}", *("".join(task.letters[t] for t in row) for row in now.tolist()), sep="\n")
-    if path:
-        draw_frames(task, frames, words, path)
-        print(f"wrote {path}")
 
 
 def print_results(found: dict, longer: dict) -> None:
@@ -1562,10 +1549,9 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
     if cfg.figures:
         draw_diagnosis(found, longer, out / "diagnosis.png")
         work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, cells to find
-        x, y, *_ = (
-            grid(t[None].cpu())[0] for t in test[work.argsort(stable=True)[-max(1, len(test) // 100)]]
-        )
-        frames = [*frames_of(model, x, steps), ("solution", y, torch.zeros_like(y))]
+        hard = test[work.argsort(stable=True)[-max(1, len(test) // 100)]]
+        x, y = (t.view(cfg.shape).cpu() for t in (hard.x, hard.y))
+        frames = [*frames_of(model, x, x, steps), ("solution", y)]
         title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
         draw_frames(task, frames, title, out / "solution.png")
     for of in (found, *longer.values()):
@@ -1645,9 +1631,13 @@ def solve(given: dict) -> int:
         if cfg.task == "sudoku" and (other_solutions(x.view(1, -1), y.view(1, -1)).view_as(y) != y).any():
             words += "; several solutions"
         if cfg.steps_shown or len(every) == 1:
-            show_steps(
-                model, x, asked, said, steps, words, cfg.out and prepare_folder(cfg.out) / f"line-{line}.png"
-            )
+            frames = frames_of(model, x, asked, steps)
+            for caption, now in [*frames, (words, said)]:
+                drawn = ("".join(task.letters[t] for t in row) for row in now.tolist())
+                print(f"\n{caption}", *drawn, sep="\n")
+            if cfg.out:
+                draw_frames(task, frames, words, picture := prepare_folder(cfg.out) / f"line-{line}.png")
+                print(f"wrote {picture}")
         print(f"line {line}: {words}", flush=True)
         written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
     print(f"{sum(map(bool, written))} of {len(every)} solved by {path}")
@@ -1717,9 +1707,7 @@ def run(given: dict, interrupts: list) -> int:
         for name in given.keys() & {*(never if mode in given else only)}:
             raise UserError(f"{flag(name)} {given[name]}: must go with{'out' * (mode in given)} {flag(mode)}")
     if given.get("figures", True):
-        import matplotlib
-
-        matplotlib.use("Agg")  # draw to files; and if it is missing, say so now and not after the training
+        import matplotlib  # noqa: F401  if it is missing, say so now and not after the training
     if "solve" in given:
         return solve(given)
     if "compare" in given:
