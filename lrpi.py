@@ -1311,35 +1311,34 @@ def seal(content: dict) -> str:
 
 
 def write(path: Path, content: dict) -> None:
-    """Write JSON, non-finite numbers as text, or a file for `read`; a full disk leaves the old file."""
+    """Write JSON, non-finite numbers as text, or a .pt file, for `read`; a full disk leaves the old file."""
+    if path.suffix == ".json":
+        content = json.loads(json.dumps(content), parse_constant=str)
+    content = content | {"seal": seal(content)}
     with replacing(path) as beside:
         if path.suffix == ".json":
-            beside.write_text(json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1))
+            beside.write_text(json.dumps(content, indent=1))
         else:
-            torch.save(content | {"seal": seal(content)}, buffer := io.BytesIO())
+            torch.save(content, buffer := io.BytesIO())
             beside.write_bytes(buffer.getvalue())
 
 
-def unchanged(saved: dict, wanted: dict, free: tuple) -> None:
-    """Raises `UserError` if an option that is not `free` has another value in a saved config than wanted."""
-    for name, value in wanted.items():
-        if name not in free and saved[name] != value:
-            raise UserError(f"{flag(name)} {saved[name]}, not {value}")
-
-
-def read(path: str | Path, what: str, wanted: dict, free: tuple) -> dict:
-    """What `write` wrote. Raises `UserError` if it is damaged, or its config is not as `wanted`."""
+def read(path: Path, what: str, wanted: dict, free: tuple) -> dict:
+    """What `write` wrote. `UserError` if it is damaged, or options that are not `free` not as `wanted`."""
     with reading(path, what):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        is_text = path.suffix == ".json"
+        content = json.loads(path.read_text()) if is_text else torch.load(path, "cpu", weights_only=True)
         if content.pop("seal") != seal(content):
             raise UserError("damaged or edited")
-        unchanged(content["config"], wanted, free)
+        for name, saved in content["config"].items():
+            if name in wanted and name not in free and saved != wanted[name]:
+                raise UserError(f"{flag(name)} {saved}, not {wanted[name]}")
     return content
 
 
 def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     """A model and the facts of its training; `given`: options AT_EVALUATION. Raises `UserError` if unfit."""
-    content = read(path, "a model.pt of this version, used as it was trained", given, AT_EVALUATION)
+    content = read(Path(path), "a model.pt of this version, used as it was trained", given, AT_EVALUATION)
     here = {name: getattr(Config, name) for name in (*LATER, "precision", "data")}
     with reading(path, "used with options that fit, and with the mlp mixer at its size"):
         model = LoopedModel(configure(**content["config"] | here | given))
@@ -1579,17 +1578,12 @@ def compare(given: dict, interrupts: list) -> int:
         cfg = replace(cfg, seed=cfg.seed + k, out=str(out), resume=halfway, figures=False)
         if (halfway or not path.exists()) and (code := learn(cfg, interrupts)):
             return code
-        with reading(path, "a run of this command, or be removed"):
-            run = json.loads(path.read_text())
-            unchanged(run["config"], asdict(cfg), ELSEWHERE)
-            numbers = [run["exact"][-1], *(run[key] for key in SPENT), *(at["exact"] for at in run["curve"])]
-            if not torch.tensor(numbers).isfinite().all():
-                raise UserError("numbers that are not finite")
-            wanted = ("exact", "curve", "verdict", "config", *SPENT)
-            found.setdefault(name, []).append({key: run[key] for key in wanted})
+        run = read(path, "a run of this command, or be removed", asdict(cfg), ELSEWHERE)
+        run = {key: run[key] for key in ("exact", "curve", "verdict", "config", *SPENT)}
+        found.setdefault(name, []).append(run)
     print("\nsolved, least to most    passes     params  examples  passes in training  seconds  scheme")
     line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
-    for name, runs in found.items() if not RANK else ():
+    for name, runs in found.items():
         exact = [run["exact"][-1] for run in runs]
         medians = [sorted(run[key] for run in runs)[len(runs) // 2] for key in SPENT]
         print(line.format(sum(exact) / len(runs), min(exact), max(exact), *medians, name))
