@@ -998,17 +998,16 @@ TASKS = {
 }
 
 
-def tokens(rows: list[str], line: int, task: Task, size: int, width: int) -> torch.Tensor:
-    """The tokens [H, W] uint8 of rows of characters. Raises `UserError` at the first that does not fit."""
+def tokens(rows: list, task: Task, size: int, width: int) -> torch.Tensor:
+    """The tokens [H, W] uint8 of rows (line number, characters). Raises `UserError` if one does not fit."""
     letters = task.letters[: size + 1]  # a sudoku has as many digits; the others have fewer tokens
     known = letters + "".join(chr(c) for c, same in task.alias.items() if chr(same) in letters)
-    for n, row in enumerate(rows, line):
-        for k, c in enumerate(row, 1):
-            if c not in known:
-                raise UserError(f"line {n}, character {k}: {c!r}; must be one of {known!r}")
+    for n, row in rows:
+        if bad := re.search(f"[^{re.escape(known)}]", row):
+            raise UserError(f"line {n}, character {bad.start() + 1}: {bad[0]!r}; must be one of {known!r}")
         if len(row) != width:
             raise UserError(f"line {n}: {len(row)} cells; must be {width}")
-    return torch.tensor([[letters.index(c) for c in row.translate(task.alias)] for row in rows]).byte()
+    return torch.tensor([[letters.index(c) for c in row.translate(task.alias)] for _, row in rows]).byte()
 
 
 COLUMNS = (("question", "answer"), ("quizzes", "solutions"), ("puzzle", "solution"))  # of CSV files
@@ -1035,39 +1034,39 @@ def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: in
         rows = [row for row in rows if (zlib.crc32(row[1].encode()) % 16 < 1) == (split == "valid")]
     rows = random.Random(seed).sample(rows, min(count, len(rows)))
     with reading(path, "a CSV file of puzzles with their solutions"):
-        pair = [[tokens([row[k]], row[0], task, size, size**2) for row in rows] for k in (1, 2)]
-        x, y = map(torch.cat, pair)  # no rows: an error
+        x, y = (tokens([(row[0], row[k]) for row in rows], task, size, size**2) for k in (1, 2))
         for n in (~task.solved(x, y)).nonzero():
             raise UserError(f"line {rows[n][0]}: the answer does not solve the question")
     if split == "train":
         chosen, view = torch.arange(count) % len(x), task.views(count, (size, size))
-        x, y = look(x[chosen], *view), look(y[chosen], *view)
+        x, y = (look(cells[chosen], *view) for cells in (x, y))
     parts = [task.solve(*part) for part in zip(x.split(5000), y.split(5000), strict=True)]
     return Puzzles(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def boards(text: str, task: Task, size: int) -> list:
-    """[(line, rows of characters), ..]: the boards in a text. Empty lines part mazes.
+    """The boards in a text, each as its rows [(line number, characters), ..]. Empty lines part mazes.
 
     Of other puzzles, a line holds all cells, with anything around them, or a row of them among decoration.
     """
-    rows, found, lines = [], [], [*enumerate(text.splitlines(), 1)]
-    cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
-    for n, line in lines if task.glyphs else ():
-        if whole := re.search(f"{cell}{{{size**2}}}", line):
-            found += [rows, [(n, whole[0][i : i + size]) for i in range(0, size**2, size)]]
-            rows = []
-        elif not re.match(COMMENT, line):
-            rows.append((n, "".join(re.findall(cell, line))))
-        if rows and (len(rows) == size or len(rows[-1][1]) != size):
-            found, rows = [*found, rows], []
-    for full, part in itertools.groupby(lines, lambda line: line[1] > "") if not task.glyphs else ():
-        numbers, drawn = zip(*part, strict=True)
-        if set(drawn[0].strip()) <= set("#%X"):  # a rim: what is left of it is no cell
-            drawn = textwrap.dedent("\n".join(drawn)).split("\n")
-        wide = max(map(len, drawn))  # editors cut trailing blanks; an o in a question is open
-        found += [[*zip(numbers, (row.ljust(wide).replace("o", " ") for row in drawn), strict=True)]] * full
-    return [(rows[0][0], [row for _, row in rows]) for rows in [*found, rows] if rows]
+    lines, found = enumerate(text.splitlines(), 1), [[]]
+    if task.glyphs:
+        cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
+        for n, line in lines:
+            if whole := re.search(cell * size**2, line):
+                found += [[(n, row) for row in re.findall(cell * size, whole[0])], []]
+            elif not re.match(COMMENT, line):
+                found[-1].append((n, "".join(re.findall(cell, line))))
+                if len(found[-1]) == size or len(found[-1][-1][1]) != size:
+                    found.append([])
+    for full, block in itertools.groupby(lines, lambda line: line[1] > "") if not task.glyphs else ():
+        numbers, rows = zip(*block, strict=True)
+        if set(rows[0].strip()) <= set("#%X"):  # a rim: what is left of it is no cell
+            rows = textwrap.dedent("\n".join(rows)).split("\n")
+        wide = max(map(len, rows))  # editors cut trailing blanks; an o in a question is open
+        rows = [row.ljust(wide).replace("o", " ") for row in rows]
+        found += [[*zip(numbers, rows, strict=True)]] * full
+    return [rows for rows in found if rows]
 
 
 def inside(x: torch.Tensor) -> torch.Tensor:
@@ -1090,10 +1089,10 @@ def outside(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     return answer
 
 
-def read_board(rows: list[str], line: int, task: Task, cfg) -> tuple:
+def read_board(rows: list, task: Task, cfg) -> tuple:
     """The puzzle x and a solution [H, W] uint8, and x as a model sees it. Raises `UserError`."""
-    fixed = task.glyphs or cfg.mixer == "mlp"
-    x = tokens(rows, line, task, cfg.size, cfg.size if fixed else min(len(rows[0]), 200))
+    fixed, line = task.glyphs or cfg.mixer == "mlp", rows[0][0]
+    x = tokens(rows, task, cfg.size, cfg.size if fixed else min(len(rows[0][1]), 200))
     if len(rows) > 200 or (fixed and len(rows) != cfg.size):
         raise UserError(f"line {line}: {len(rows)} rows; must be {cfg.size if fixed else 'at most 200'}")
     y = task.solve(x[None]).y.view_as(x)
@@ -1607,9 +1606,9 @@ def solve(given: dict) -> int:
     steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 8)) + 1)
     if not (every := boards(text, task, cfg.size)):
         raise UserError(f"{source}: no puzzles; must be a text file with puzzles, or -")
-    for line, rows in every:
+    for rows in every:
         try:
-            puzzles[line] = read_board(rows, line, task, cfg)
+            puzzles[rows[0][0]] = read_board(rows, task, cfg)
         except UserError as e:
             print(f"lrpi: {source}, {e}", file=sys.stderr)
     for shape in {asked.shape for *_, asked in puzzles.values()}:

@@ -964,17 +964,16 @@ def test_formats_and_rims():
             lrpi.configure(task=task, size={"sudoku": 9}.get(task, 8 + (task == "maze")), mixer="conv"),
         )
         found = [
-            [lrpi.read_board(rows, n, of, cfg)[2] for n, rows in lrpi.boards(text, of, cfg.size)]
-            for text in texts
+            [lrpi.read_board(rows, of, cfg)[2] for rows in lrpi.boards(text, of, cfg.size)] for text in texts
         ]
         assert [len(boards) for boards in found] == [1] * len(texts)
         assert all(torch.equal(boards[0], found[0][0]) for boards in found), task
     of, cfg = lrpi.TASKS["maze"], lrpi.configure()
     for text in ("#S###\n#  ##\n## ##\n#   G\n#####", "#####\n#   S\n# #G#\n#####", "#####\n#S G#\n#####"):
-        (line, rows), *_ = lrpi.boards(text, of, 11)
-        x, y, inner = lrpi.read_board(rows, line, of, cfg)
+        rows, *_ = lrpi.boards(text, of, 11)
+        x, y, inner = lrpi.read_board(rows, of, cfg)
         answer = lrpi.TASKS["maze"].solve(inner[None]).y.view_as(inner)
-        assert inner.shape == (len(rows) - 2, len(rows[0]) - 2) and (inner == START).sum() == 1
+        assert inner.shape == (len(rows) - 2, len(rows[0][1]) - 2) and (inner == START).sum() == 1
         assert torch.equal(lrpi.outside(x, answer), y) and lrpi.maze_solved(x[None], y[None])
 
 
