@@ -1285,12 +1285,10 @@ def configure(**given) -> Config:
         with reading(path := Path(given["data"]) / "train.csv", "a CSV file with puzzles"):
             values |= {"size": math.isqrt(len(next(csv_rows(path))[1])), "pick": 1}
     cfg = Config(**values | SCHEMES[given.get("scheme", values["scheme"])] | given)
+    for name, (_, low, high) in OPTIONS.items():
+        if high and not low <= getattr(cfg, name) <= high:
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be from {low:g} to {high:g}")
     for name, good, allowed in (
-        *(
-            (k, lo <= getattr(cfg, k) <= hi, f"from {lo:g} to {hi:g}")
-            for k, (_, lo, hi) in OPTIONS.items()
-            if hi
-        ),
         ("size", cfg.size in task.sizes, f"one of {', '.join(map(str, task.sizes))}"),
         ("kernel", cfg.kernel % 2, "odd"),
         ("heads", cfg.mixer != "attention" or not cfg.width % (2 * cfg.heads), "half a divisor of --width"),
@@ -1673,21 +1671,17 @@ def parse(argv) -> dict:
     def fail(message):  # without the usage of sixty options before it
         raise UserError(message.removeprefix("argument "))
 
-    parser = argparse.ArgumentParser("lrpi.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = {"description": __doc__.split("\n")[0], "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("lrpi.py", allow_abbrev=False, **about)
     parser.error, modes = fail, parser.add_mutually_exclusive_group()
     for name, (text, low, high) in OPTIONS.items():
-        how = {
-            "type": type(default := getattr(Config, name)),
-            "choices": CHOICES.get(name),
-            "metavar": "VALUE",
-        }
+        default, choices = getattr(Config, name), CHOICES.get(name)
+        how = {"type": type(default), "choices": choices, "metavar": "VALUE"}
         how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else how
         how |= {"nargs": "?", "const": "kl"} if name == "halt" else {}
-        text += f": {', '.join(CHOICES[name])}" if name in CHOICES else ""
-        text = (text + f", from {low:g} to {high:g}" * (high > 0) + f" [{default}]").replace("%", "%%")
-        (modes if name in MODES else parser).add_argument(
-            flag(name), help=text, default=argparse.SUPPRESS, **how
-        )
+        text += f": {', '.join(choices)}" if choices else f", from {low:g} to {high:g}" * (high > 0)
+        group = modes if name in MODES else parser
+        group.add_argument(flag(name), help=f"{text} [{default}]".replace("%", "%%"), **how)
     return vars(parser.parse_args(argv))
 
 
@@ -1700,7 +1694,8 @@ def run(given: dict, interrupts: list) -> int:
         for name in given.keys() & {*(never if mode in given else only)}:
             raise UserError(f"{flag(name)} {given[name]}: must go with{'out' * (mode in given)} {flag(mode)}")
     if given.get("figures", True):
-        import matplotlib  # noqa: F401  if it is missing, say so now and not after the training
+        with reading("--figures", "used where matplotlib is installed, or be --no-figures"):
+            import matplotlib  # noqa: F401  now, and not only after the training
     if "solve" in given:
         return solve(given)
     if "compare" in given:
@@ -1735,8 +1730,6 @@ def main(argv=None) -> int:
         return 0
     except UserError as e:
         message = e.args[0]
-    except ImportError as e:
-        message = f"--figures: {e.name} is not installed; install it, or pass --no-figures"
     except OSError as e:
         message = f"{e.filename or '--out'}: {e.strerror}; must be a place to write to"
     finally:
