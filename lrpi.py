@@ -1464,19 +1464,19 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
 
     Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
     """
-    flat, passes, (task, shape) = x.flatten(1), [], (TASKS[model.cfg.task], x.shape[1:])
-    drawn = task.views(tries, tuple(shape), torch.Generator().manual_seed(0))  # the same in every run
-    model, views = resized(model, shape), [t.to(x.device) for t in drawn]
+    task, model, device, passes = TASKS[model.cfg.task], resized(model, x.shape[1:]), model.y0.device, []
+    views = task.views(tries, tuple(x.shape[1:]), torch.Generator().manual_seed(0))  # the same in every run
     for t in views:
         t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
-    said, accepted = flat.clone(), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    said, accepted = x.flatten(1).clone(), torch.zeros(len(x), dtype=torch.long)
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
-        found, taken = answer(model, look(flat[rows], cell, new), steps, SETTLED)
-        said[rows] = look(found, cell.argsort(1), new.argsort(1))
+        asked = look(x[rows].flatten(1), cell, new).to(device)
+        found, taken = answer(model, asked, steps, SETTLED)
+        said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1))
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
-        accepted[rows[task.solved(x[rows], said[rows].view(-1, *shape))]] = len(passes)
+        accepted[rows[task.solved(x[rows], said[rows].view_as(x[rows]))]] = len(passes)
     return said.view_as(x), accepted, passes
 
 
@@ -1531,7 +1531,7 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
         longer[s]["puzzles"] = len(some)
     print_results(found, longer)
     if cfg.tries > 1:
-        _, accepted, passes = attempts(model, grid(test.x), steps, cfg.tries)
+        _, accepted, passes = attempts(model, grid(test.x.cpu()), steps, cfg.tries)
         print("\ntries   solved  passes (mean)")
         for k in sorted({2**i for i in range(10) if 2**i < cfg.tries} | {cfg.tries}):
             exact = ((accepted > 0) & (accepted <= k)).double().mean()
@@ -1592,45 +1592,42 @@ def compare(given: dict, interrupts: list) -> int:
 def solve(given: dict) -> int:
     """Solve and check the puzzles of a text. The exit code: 0; 1 if some are not solved; 2 for bad input."""
     source = given["solve"]
-    with reading(source, "a text file with puzzles, or -"):
-        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
     saved = sorted(Path("runs").glob(f"{given.get('task', 'maze')}-*/model.pt"), key=os.path.getmtime)
     if not (path := given.get("checkpoint", saved and str(saved[-1]))):
-        raise UserError(
-            f"--solve {source}: no trained model in runs/; must be trained, or named by --checkpoint"
-        )
+        raise UserError(f"--solve {source}: no model in runs/; must be trained, or named by --checkpoint")
     model, facts = load_checkpoint(path, **{"tries": 16} | given)
-    cfg, task, puzzles, found, written = model.cfg, TASKS[model.cfg.task], {}, {}, []
+    cfg, task, puzzles, written = model.cfg, TASKS[model.cfg.task], [], []
     steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 8)) + 1)
-    if not (every := boards(text, task, cfg.size)):
-        raise UserError(f"{source}: no puzzles; must be a text file with puzzles, or -")
+    with reading(source, "a text file with puzzles, or -"):
+        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
+        if not (every := boards(text, task, cfg.size)):
+            raise UserError("no puzzles")
     for rows in every:
         try:
-            puzzles[rows[0][0]] = read_board(rows, task, cfg)
+            puzzles.append((rows[0][0], *read_board(rows, task, cfg)))
         except UserError as e:
             print(f"lrpi: {source}, {e}", file=sys.stderr)
-    for shape in {asked.shape for *_, asked in puzzles.values()}:
-        lines = [line for line, (*_, asked) in puzzles.items() if asked.shape == shape]
-        some = torch.stack([puzzles[line][2] for line in lines]).to(model.y0.device)
-        found |= zip(lines, zip(*attempts(model, some, steps, cfg.tries)[:2], strict=True), strict=True)
-    for line, (x, y, asked) in puzzles.items():
-        said, tried = outside(x, found[line][0].cpu()), found[line][1].item()
-        good = task.solved(x[None], said[None]).item()
-        words = f"solved (checked), try {tried}" if good else f"not solved: {(said != y).sum()} cells wrong"
-        more, most = (x != y).sum().item(), facts["longest"]
-        words += f"; {more} cells to find, at most {most} in training" * (more > most)
-        if cfg.task == "sudoku" and (other_solutions(x.view(1, -1), y.view(1, -1)).view_as(y) != y).any():
-            words += "; several solutions"
-        if cfg.steps_shown or len(every) == 1:
-            frames = frames_of(model, x, asked, steps)
-            for caption, now in [*frames, (words, said)]:
-                drawn = ("".join(task.letters[t] for t in row) for row in now.tolist())
-                print(f"\n{caption}", *drawn, sep="\n")
-            if cfg.out:
-                draw_frames(task, frames, words, picture := prepare_folder(cfg.out) / f"line-{line}.png")
-                print(f"wrote {picture}")
-        print(f"line {line}: {words}", flush=True)
-        written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
+    for _, block in itertools.groupby(puzzles, lambda puzzle: puzzle[-1].shape):
+        block = [*block]
+        found = attempts(model, torch.stack([asked for *_, asked in block]), steps, cfg.tries)[:2]
+        for (line, x, y, asked), said, tried in zip(block, *found, strict=True):
+            said, flat = outside(x, said), (x.view(1, -1), y.view(1, -1))
+            good, wrong, to_find = task.solved(x[None], said[None]).item(), (said != y).sum(), (x != y).sum()
+            words = f"solved (checked), try {tried}" if good else f"not solved: {wrong} cells wrong"
+            if to_find > (most := facts["longest"]):
+                words += f"; {to_find} cells to find, at most {most} in training"
+            if cfg.task == "sudoku" and not other_solutions(*flat).equal(flat[1]):
+                words += "; several solutions"
+            if cfg.steps_shown or len(every) == 1:
+                frames = frames_of(model, x, asked, steps)
+                for caption, now in [*frames, (words, said)]:
+                    drawn = ("".join(task.letters[t] for t in row) for row in now.tolist())
+                    print(f"\n{caption}", *drawn, sep="\n")
+                if cfg.out:
+                    draw_frames(task, frames, words, picture := prepare_folder(cfg.out) / f"line-{line}.png")
+                    print(f"wrote {picture}")
+            print(f"line {line}: {words}", flush=True)
+            written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
     print(f"{sum(map(bool, written))} of {len(every)} solved by {path}")
     if cfg.answers:
         with reading(cfg.answers, "a file to write to"), replacing(Path(cfg.answers)) as beside:
