@@ -881,7 +881,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def reading(path, what: str):
+def naming(path, what: str):
     """Turn any error, as files may be damaged in many ways, into a message that names the file."""
     try:
         yield
@@ -1017,7 +1017,7 @@ COMMENT = r"\s*[#;]|.*[A-Za-z]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is
 def csv_rows(path: Path):
     """Yield (line, question, answer) of the rows of a CSV file, which may have more columns than COLUMNS."""
     what = f"a CSV file with two columns: {' or '.join(map(', '.join, COLUMNS))}"
-    with reading(path, what), path.open(encoding="utf-8-sig") as file:
+    with naming(path, what), path.open(encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         ask, say = next(names for names in COLUMNS if {*names} <= {*(reader.fieldnames or ())})
         for row in reader:
@@ -1033,7 +1033,7 @@ def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: in
     if split != "test":
         rows = [row for row in rows if (zlib.crc32(row[1].encode()) % 16 < 1) == (split == "valid")]
     rows = random.Random(seed).sample(rows, min(count, len(rows)))
-    with reading(path, "a CSV file of puzzles with their solutions"):
+    with naming(path, "a CSV file of puzzles with their solutions"):
         x, y = (tokens([(row[0], row[k]) for row in rows], task, size, size**2) for k in (1, 2))
         for n in (~task.solved(x, y)).nonzero():
             raise UserError(f"line {rows[n][0]}: the answer does not solve the question")
@@ -1109,13 +1109,12 @@ def read_board(rows: list, task: Task, cfg) -> tuple:
 def replacing(path: Path):
     """A path beside `path` to write to, which becomes `path` when the block ends without an error."""
     beside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from e
-    finally:
-        beside.unlink(missing_ok=True)
+    with naming(path, "a place to write to"):
+        try:
+            yield beside
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
@@ -1282,7 +1281,7 @@ def configure(**given) -> Config:
     task = TASKS[given.get("task", "maze")]
     values = {"scheme": "dis", **task.defaults}
     if given.get("data"):
-        with reading(path := Path(given["data"]) / "train.csv", "a CSV file with puzzles"):
+        with naming(path := Path(given["data"]) / "train.csv", "a CSV file with puzzles"):
             values |= {"size": math.isqrt(len(next(csv_rows(path))[1])), "pick": 1}
     cfg = Config(**values | SCHEMES[given.get("scheme", values["scheme"])] | given)
     for name, (_, low, high) in OPTIONS.items():
@@ -1322,7 +1321,7 @@ def write(path: Path, content: dict) -> None:
 
 def read(path: Path, what: str, wanted: dict, free: tuple) -> dict:
     """What `write` wrote. `UserError` if it is damaged, or options that are not `free` not as `wanted`."""
-    with reading(path, what):
+    with naming(path, what):
         is_text = path.suffix == ".json"
         content = json.loads(path.read_text()) if is_text else torch.load(path, "cpu", weights_only=True)
         if content.pop("seal") != seal(content):
@@ -1337,21 +1336,15 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     """A model and the facts of its training; `given`: options AT_EVALUATION. Raises `UserError` if unfit."""
     content = read(Path(path), "a model.pt of this version, used as it was trained", given, AT_EVALUATION)
     here = {name: getattr(Config, name) for name in (*LATER, "precision", "data")}
-    with reading(path, "used with options that fit, and with the mlp mixer at its size"):
+    with naming(path, "used with options that fit, and with the mlp mixer at its size"):
         model = LoopedModel(configure(**content["config"] | here | given))
         model.load_state_dict(content["model"])
     return place(model), content["facts"]
 
 
-def snapshot(run: SimpleNamespace) -> dict:
-    """The state of a training as plain data: all that `train` keeps, and that of the random numbers."""
-    state = {name: of.state_dict() if hasattr(of, "state_dict") else of for name, of in vars(run).items()}
-    return state | {"chance": torch.get_rng_state()}
-
-
 def restore(run: SimpleNamespace, state: dict) -> None:
-    """Bring back what `snapshot` took: on a CPU, training goes on as if it had never stopped."""
-    torch.set_rng_state(state.pop("chance"))
+    """Bring back what `fit` saved: on a CPU, training goes on as if it had never stopped."""
+    torch.set_rng_state(state.pop("random"))
     to = lambda new: new.to(run.done.device) if torch.is_tensor(new) else new  # noqa: E731
     for name, new in state.items():
         if hasattr(old := getattr(run, name), "load_state_dict"):
@@ -1426,10 +1419,12 @@ def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, b
         due = cfg.save_minutes and time.monotonic() - saved[-1] > 60 * cfg.save_minutes
         if not RANK and (due or interrupts):
             saved.append(time.monotonic())
+            state = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(run).items()}
+            state["random"] = torch.get_rng_state()
             try:
-                write(path, {"config": asdict(cfg), "curve": facts["curve"], "run": snapshot(run)})
-            except OSError as e:
-                print(f"\nlrpi: {path}: {e.strerror}; not saved, training goes on", file=sys.stderr)
+                write(path, {"config": asdict(cfg), "curve": facts["curve"], "run": state})
+            except UserError as e:
+                print(f"\nlrpi: {e}; training goes on", file=sys.stderr)
                 failed.append(path)
         ends = torch.tensor([run.share, bool(interrupts)], dtype=torch.double)
         average([ends])  # all processes end together
@@ -1598,7 +1593,7 @@ def solve(given: dict) -> int:
     model, facts = load_checkpoint(path, **{"tries": 16} | given)
     cfg, task, puzzles, written = model.cfg, TASKS[model.cfg.task], [], []
     steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 8)) + 1)
-    with reading(source, "a text file with puzzles, or -"):
+    with naming(source, "a text file with puzzles, or -"):
         text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
         if not (every := boards(text, task, cfg.size)):
             raise UserError("no puzzles")
@@ -1630,7 +1625,7 @@ def solve(given: dict) -> int:
             written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
     print(f"{sum(map(bool, written))} of {len(every)} solved by {path}")
     if cfg.answers:
-        with reading(cfg.answers, "a file to write to"), replacing(Path(cfg.answers)) as beside:
+        with replacing(Path(cfg.answers)) as beside:
             beside.write_text("\n".join([*written, ""]))
     return 2 if len(puzzles) < len(every) else int(not all(written))
 
@@ -1656,7 +1651,7 @@ def learn(cfg: Config, interrupts: list) -> int:
 
 def prepare_folder(path: str | Path) -> Path:
     """The folder `path`, made if need be. Raises `UserError` if nothing can be written there."""
-    with reading(f"--out {path}", "a folder that can be written to"):
+    with naming(f"--out {path}", "a folder that can be written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return Path(path)
@@ -1691,7 +1686,7 @@ def run(given: dict, interrupts: list) -> int:
         for name in given.keys() & {*(never if mode in given else only)}:
             raise UserError(f"{flag(name)} {given[name]}: must go with{'out' * (mode in given)} {flag(mode)}")
     if given.get("figures", True):
-        with reading("--figures", "used where matplotlib is installed, or be --no-figures"):
+        with naming("--figures", "used where matplotlib is installed, or be --no-figures"):
             import matplotlib  # noqa: F401  now, and not only after the training
     if "solve" in given:
         return solve(given)
@@ -1728,7 +1723,7 @@ def main(argv=None) -> int:
     except UserError as e:
         message = e.args[0]
     except OSError as e:
-        message = f"{e.filename or '--out'}: {e.strerror}; must be a place to write to"
+        message = f"standard output: {e.strerror}; must be a place to write to"
     finally:
         signal.signal(signal.SIGINT, before)
         if RANKS > 1 and dist.is_initialized():
