@@ -707,9 +707,8 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     chosen, verdict, size = calibrate(model, valid, solved, steps), [], []
     own = torch.tensor(chosen["w_star"]).double().nan_to_num(1.0).clamp(WS[0], WS[-1]).tolist()
     found = {"ws": WS, **chosen, **evaluate(model, test, solved, steps, [[*WS, w] for w in own])}
-    for kl, gain, gap, w in zip(
-        found["kl"], found["gain_interval"], found["margin_interval"], own, strict=True
-    ):
+    of_steps = zip(found["kl"], found["gain_interval"], found["margin_interval"], own, strict=True)
+    for kl, gain, gap, w in of_steps:
         still = "moves" if kl > STILL else "dead"
         verdict.append((still, "improves", "harms")[(gain[0] > 0) - (gain[1] < 0)])
         side = (gap[0] > 0 and w > 1) - (gap[1] < 0 and w < 1)
@@ -1124,14 +1123,8 @@ def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
     for k, (label, x, y, *more) in enumerate(curves):
         colour = COLOURS[k] if len(curves) < 8 else colormaps["viridis"](0.9 * k / len(curves))
         hidden = "_" * (k % math.ceil(len(curves) / 8))  # the legend shows at most eight
-        ax.plot(
-            x,
-            y,
-            ("-", "--", "-.", ":")[k % 4],
-            marker="." * (len(x) < 30),
-            color=colour,
-            label=hidden + label,
-        )
+        line, mark = ("-", "--", "-.", ":")[k % 4], "." * (len(x) < 30)
+        ax.plot(x, y, line, marker=mark, color=colour, label=hidden + label)
         if more:
             ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
     if "nats" in title:
@@ -1342,17 +1335,6 @@ def load_checkpoint(path: str, **given) -> tuple[LoopedModel, dict]:
     return place(model), content["facts"]
 
 
-def restore(run: SimpleNamespace, state: dict) -> None:
-    """Bring back what `fit` saved: on a CPU, training goes on as if it had never stopped."""
-    torch.set_rng_state(state.pop("random"))
-    to = lambda new: new.to(run.done.device) if torch.is_tensor(new) else new  # noqa: E731
-    for name, new in state.items():
-        if hasattr(old := getattr(run, name), "load_state_dict"):
-            old.load_state_dict(new)
-        else:
-            setattr(run, name, [*map(to, new)] if isinstance(new, list) else to(new))
-
-
 def average(tensors: list) -> None:
     """Replace tensors by their means over all processes."""
     for t in tensors if RANKS > 1 else ():
@@ -1401,8 +1383,7 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
 
 def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, bool]:
     """A trained model, the facts of its training, and whether a checkpoint could not be saved to `path`."""
-    wanted = (asdict(cfg), LATER)
-    content = read(path, "a training.pt of this command", *wanted) if cfg.resume else {"curve": []}
+    content = read(path, "a training.pt of this command", asdict(cfg), LATER) if cfg.resume else {"curve": []}
     torch.manual_seed(cfg.seed)
     model, failed, saved = place(LoopedModel(cfg)), [], [time.monotonic()]
     torch.manual_seed(cfg.seed + RANK)
@@ -1420,9 +1401,9 @@ def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, b
         if not RANK and (due or interrupts):
             saved.append(time.monotonic())
             state = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(run).items()}
-            state["random"] = torch.get_rng_state()
+            more = {"config": asdict(cfg), "curve": facts["curve"], "random": torch.get_rng_state()}
             try:
-                write(path, {"config": asdict(cfg), "curve": facts["curve"], "run": state})
+                write(path, more | {"run": state})
             except UserError as e:
                 print(f"\nlrpi: {e}; training goes on", file=sys.stderr)
                 failed.append(path)
@@ -1431,9 +1412,20 @@ def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, b
         run.share, stop = ends.tolist()
         return stop > 0
 
+    def resume(run: SimpleNamespace) -> None:
+        """Brings back what `watch` saved: on a CPU, training goes on as if it had never stopped."""
+        torch.set_rng_state(content["random"])
+        for name, new in content["run"].items():
+            if hasattr(old := getattr(run, name), "load_state_dict"):
+                old.load_state_dict(new)
+            elif isinstance(old, list):
+                old[:] = (t.to(old[0].device) for t in new)
+            else:
+                setattr(run, name, new.to(old.device) if torch.is_tensor(new) else new)
+
     local = replace(cfg, batch_size=cfg.batch_size // RANKS, examples=-(-cfg.examples // RANKS))
-    resuming = (lambda run: restore(run, content["run"])) if cfg.resume else None
-    return place(train(model, data, local, watch, average, resuming)), facts, bool(failed)
+    model = place(train(model, data, local, watch, average, resume if cfg.resume else None))
+    return model, facts, bool(failed)
 
 
 def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, facts: dict) -> None:
