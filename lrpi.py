@@ -898,8 +898,9 @@ def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0,
     key = sudoku_kind if size > 4 else torch.clone  # of size 4, there are only two kinds
     draw = lambda n: other_solutions(empty[:n], empty[:n], generator)  # noqa: E731
     y = draw_split(min(count, 60), size, split, draw, key)
-    pair, rows = (minimal(y, generator), y), torch.arange(count) % len(y)
-    x, y = (look(t[rows], *view) for view in [sudoku_views(count, (size, size), generator)] for t in pair)
+    x, rows = minimal(y, generator), torch.arange(count) % len(y)
+    view = sudoku_views(count, (size, size), generator)
+    x, y = (look(cells[rows], *view) for cells in (x, y))
     rank = torch.where(x == 0, torch.rand(x.shape, generator=generator), 2.0).argsort(1).argsort(1)
     most = (x == 0).sum(1, keepdim=True).clamp(max=blanks or size**2)
     kept = rank < 1 + (torch.rand(count, 1, generator=generator) * most).floor()
@@ -1193,8 +1194,7 @@ def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
             ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
             ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
         row, col = (cells != before).nonzero().T + 0.28 * bool(task.glyphs) * torch.tensor([[-1], [1]])
-        for colour, width in (("white", 3.5), (COLOURS[1], 1.7)):  # with a white rim: seen on any colour
-            (cross,) = ax.plot(col, row, "x", color=colour, mew=width, ms=44 / max(H, W), label="changed")
+        (cross,) = ax.plot(col, row, "X", color=COLOURS[1], mec="white", ms=50 / max(H, W), label="changed")
         ax.set(xticks=[], yticks=[])
         ax.set_title(caption, fontsize="small")
     fig.suptitle(title, wrap=True)
@@ -1352,11 +1352,10 @@ def resized(model: LoopedModel, shape: tuple[int, int]) -> LoopedModel:
 
 def place(model: LoopedModel) -> LoopedModel:
     """The model on its device, in its precision, maybe compiled. Raises `UserError` without the device."""
-    cfg, there = model.cfg, torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if there else "cpu"
-    name = best if cfg.device == "auto" else cfg.device
-    if name not in (best, "cpu"):
-        raise UserError(f"--device {name}: not here; must be one of auto, {best}, cpu")
+    cfg, best = model.cfg, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    name = best.type if cfg.device == "auto" else cfg.device
+    if name not in (best.type, "cpu"):
+        raise UserError(f"--device {name}: not here; must be one of auto, {best.type}, cpu")
     model.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and name == "cuda")
     for net in model.nets if cfg.compile else ():
         net.compile()
@@ -1435,7 +1434,8 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
     share, seen = min(1, run.share), RANKS * run.seen.item()
     tenth = int(10 * run.share + 1e-6) > len(facts["curve"])
     now = {"steps_done": run.step, "examples_seen": seen, "train_seconds": run.seconds}
-    facts |= (now := now | {"train_passes": run.step * cfg.T * (cfg.n + 1)})
+    now["train_passes"] = run.step * cfg.T * (cfg.n + 1)
+    facts |= now
     if tenth:
         solved = TASKS[cfg.task].solved(valid.x, answer(run.averaged.module, valid.x)[0])
         facts["curve"].append(now | {"exact": solved.double().mean().item()})
