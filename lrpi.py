@@ -1025,12 +1025,9 @@ def csv_rows(path: Path):
 
 
 def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: int) -> Puzzles:
-    """`count` puzzles of a CSV file, or all there are; for training in random symmetric views, as often.
-
-    One row in 16 of train.csv, by a checksum of the question, belongs to the split `valid`.
-    """
+    """`count` puzzles of a CSV file, or all there are; for training in random symmetric views, as often."""
     rows = [*csv_rows(path)]
-    if split != "test":
+    if split != "test":  # valid: one row in 16 of train.csv, by a checksum of the question
         rows = [row for row in rows if (zlib.crc32(row[1].encode()) % 16 < 1) == (split == "valid")]
     rows = random.Random(seed).sample(rows, min(count, len(rows)))
     with naming(path, "a CSV file of puzzles with their solutions"):
@@ -1045,12 +1042,9 @@ def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: in
 
 
 def boards(text: str, task: Task, size: int) -> list:
-    """The boards in a text, each as its rows [(line number, characters), ..]. Empty lines part mazes.
-
-    Of other puzzles, a line holds all cells, with anything around them, or a row of them among decoration.
-    """
+    """The boards in a text, each as its rows [(line number, characters), ..]. Empty lines part mazes."""
     lines, found = enumerate(text.splitlines(), 1), [[]]
-    if task.glyphs:
+    if task.glyphs:  # a line holds all cells, with anything around them, or a row of them among decoration
         cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
         for n, line in lines:
             if whole := re.search(cell * size**2, line):
@@ -1170,9 +1164,7 @@ def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
     for ax, panel in zip(fig.subplots(3, 3).flat, panels, strict=True):
         draw_panel(ax, *panel)
     title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
-    early = found["halting"]["kl"]
-    words = f"Exit by KL: {early['exact']:.1%}, with {early['passes']:.1f} of {found['passes']} passes"
-    fig.suptitle(f"{title}\n{found['summary']}\n{words}", wrap=True)
+    fig.suptitle(f"{title}\n{found['summary']}", wrap=True)
     with replacing(path) as beside:
         fig.savefig(beside)
 
@@ -1194,7 +1186,7 @@ def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
             ax.axhline(k - 0.5, color="0.2", lw=0.3 if k % height else 1.2)
             ax.axvline(k - 0.5, color="0.2", lw=0.3 if k % width else 1.2)
         row, col = (cells != before).nonzero().T + 0.28 * bool(task.glyphs) * torch.tensor([[-1], [1]])
-        (cross,) = ax.plot(col, row, "X", color=COLOURS[1], mec="white", ms=50 / max(H, W), label="changed")
+        (cross,) = ax.plot(col, row, "X", color=COLOURS[1], mec="white", ms=66 / max(H, W), label="changed")
         ax.set(xticks=[], yticks=[])
         ax.set_title(caption, fontsize="small")
     fig.suptitle(title, wrap=True)
@@ -1242,16 +1234,12 @@ class Config(TrainConfig):
 
 CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS, "halt": ("off", *HALTS)}
 CHOICES |= {"device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16")}
-MODES = {  # without any of these, a model is trained; which options go only with it; which do not
-    "eval": ((), ()),
-    "solve": (("checkpoint", "answers", "steps_shown"), ("size", "data", "halt", "test_size")),
-    "compare": (("seeds",), ()),
-    "resume": ((), ()),
-}
-ELSEWHERE = ("device", "out", "figures", "compile", "save_minutes", "shape")  # do not affect results
-ELSEWHERE += (*MODES, *(name for only, _ in MODES.values() for name in only))
-LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")  # may differ when training is resumed
-AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size")  # may differ at evaluation
+MODES = {"eval": (), "solve": ("checkpoint", "answers", "steps_shown"), "compare": ("seeds",), "resume": ()}
+# without any of these, a model is trained; each with the options that go only with it
+ELSEWHERE = (*MODES, *sum(MODES.values(), ()), "device", "out", "figures", "compile", "save_minutes", "shape")
+# options that do not affect results; that may differ when training is resumed; and at evaluation
+LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")
+AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size")
 OPTIONS = {  # {name: (help, lowest, highest value)}, from the sources of the dataclasses
     name: (text, float(low or 0), float(high or 0))
     for cls in (ModelConfig, TrainConfig, Config)
@@ -1447,7 +1435,7 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
 
 
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
-    """Propose and verify: solve x [N, H, W] until the answers settle; if one is rejected, try another view.
+    """Propose and verify: solve x [N, H, W] (on the CPU) in view after view, until an answer is accepted.
 
     Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
     """
@@ -1674,9 +1662,11 @@ def run(given: dict, interrupts: list) -> int:
     for name, value in given.items():
         if value == "":
             raise UserError(f"{flag(name)} '': must not be empty")
-    for mode, (only, never) in MODES.items():
-        for name in given.keys() & {*(never if mode in given else only)}:
-            raise UserError(f"{flag(name)} {given[name]}: must go with{'out' * (mode in given)} {flag(mode)}")
+        if "solve" in given and name in ("size", "data", "halt", "test_size"):
+            raise UserError(f"{flag(name)} {value}: must go without --solve")
+        for mode, only in MODES.items():
+            if name in only and mode not in given:
+                raise UserError(f"{flag(name)} {value}: must go with {flag(mode)}")
     if given.get("figures", True):
         with naming("--figures", "used where matplotlib is installed, or be --no-figures"):
             import matplotlib  # noqa: F401  now, and not only after the training
