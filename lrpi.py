@@ -1099,18 +1099,6 @@ def read_board(rows: list, task: Task, cfg) -> tuple:
 # §9  Figures (matplotlib is needed for nothing else)
 
 
-@contextmanager
-def replacing(path: Path):
-    """A path beside `path` to write to, which becomes `path` when the block ends without an error."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    with naming(path, "a place to write to"):
-        try:
-            yield beside
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
 def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
     """Curves (label, x, y, *more): `more` is x and y of thin lines, or of one star, in the same colour."""
     from matplotlib import colormaps
@@ -1165,8 +1153,8 @@ def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
         draw_panel(ax, *panel)
     title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
     fig.suptitle(f"{title}\n{found['summary']}", wrap=True)
-    with replacing(path) as beside:
-        fig.savefig(beside)
+    with naming(path, "a place to write to"):
+        fig.savefig(path)
 
 
 def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
@@ -1192,8 +1180,8 @@ def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
     fig.suptitle(title, wrap=True)
     keys = [patches.Patch(fc=colour, ec="0.5", label=name) for name, colour in task.colours.items()]
     fig.legend(handles=[*keys, cross], loc="outside lower center", ncols=7, frameon=False)
-    with replacing(path) as beside:
-        fig.savefig(beside)
+    with naming(path, "a place to write to"):
+        fig.savefig(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1291,13 +1279,17 @@ def write(path: Path, content: dict) -> None:
     """Write JSON, non-finite numbers as text, or a .pt file, for `read`; a full disk leaves the old file."""
     if path.suffix == ".json":
         content = json.loads(json.dumps(content), parse_constant=str)
-    content = content | {"seal": seal(content)}
-    with replacing(path) as beside:
-        if path.suffix == ".json":
-            beside.write_text(json.dumps(content, indent=1))
-        else:
-            torch.save(content, buffer := io.BytesIO())
-            beside.write_bytes(buffer.getvalue())
+        data = json.dumps(content | {"seal": seal(content)}, indent=1).encode()
+    else:
+        torch.save(content | {"seal": seal(content)}, buffer := io.BytesIO())
+        data = buffer.getvalue()
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    with naming(path, "a place to write to"):
+        try:
+            beside.write_bytes(data)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def read(path: Path, what: str, wanted: dict, free: tuple) -> dict:
@@ -1605,8 +1597,8 @@ def solve(given: dict) -> int:
             written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
     print(f"{sum(map(bool, written))} of {len(every)} solved by {path}")
     if cfg.answers:
-        with replacing(Path(cfg.answers)) as beside:
-            beside.write_text("\n".join([*written, ""]))
+        with naming(cfg.answers, "a place to write to"):
+            Path(cfg.answers).write_text("\n".join([*written, ""]))
     return 2 if len(puzzles) < len(every) else int(not all(written))
 
 
