@@ -894,10 +894,9 @@ def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0,
 
     They are views of at most 60 minimal ones, with some cells given back: so each has one solution.
     """
-    generator, empty = torch.Generator().manual_seed(seed), torch.zeros(10**4, size**2, dtype=torch.uint8)
+    generator, zero = torch.Generator().manual_seed(seed), torch.zeros(10**4, size**2, dtype=torch.uint8)
     key = sudoku_kind if size > 4 else torch.clone  # of size 4, there are only two kinds
-    draw = lambda n: other_solutions(empty[:n], empty[:n], generator)  # noqa: E731
-    y = draw_split(min(count, 60), size, split, draw, key)
+    y = draw_split(min(count, 60), size, split, lambda n: other_solutions(zero[:n], zero[:n], generator), key)
     x, rows = minimal(y, generator), torch.arange(count) % len(y)
     view = sudoku_views(count, (size, size), generator)
     x, y = (look(cells[rows], *view) for cells in (x, y))
@@ -1101,12 +1100,9 @@ def read_board(rows: list, task: Task, cfg) -> tuple:
 
 def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
     """Curves (label, x, y, *more): `more` is x and y of thin lines, or of one star, in the same colour."""
-    from matplotlib import colormaps
-
     for k, (label, x, y, *more) in enumerate(curves):
-        colour = COLOURS[k] if len(curves) < 8 else colormaps["viridis"](0.9 * k / len(curves))
+        colour, line, mark = COLOURS[k % 7], ("-", "--", "-.", ":")[k % 4], "." * (len(x) < 30)
         hidden = "_" * (k % math.ceil(len(curves) / 8))  # the legend shows at most eight
-        line, mark = ("-", "--", "-.", ":")[k % 4], "." * (len(x) < 30)
         ax.plot(x, y, line, marker=mark, color=colour, label=hidden + label)
         if more:
             ax.plot(*more, "-" if isinstance(x, range) else "*", color=colour, lw=0.6, ms=10, mec="black")
@@ -1534,9 +1530,9 @@ def compare(given: dict, interrupts: list) -> int:
         if (shared := own.keys() & {"task", "seed", *AT_EVALUATION}) or name in arms:
             raise UserError(f"--compare {name}: must not stand twice, or have {[*map(flag, shared)]}")
         arms[name] = configure(**given | own)
-    first = arms[name]
-    folder = prepare_folder(first.out or f"runs/{first.task}-compare")
-    for k, (name, cfg) in itertools.product(range(first.seeds), arms.items()):
+    last = arms[name]
+    folder = prepare_folder(last.out or f"runs/{last.task}-compare")
+    for k, (name, cfg) in itertools.product(range(last.seeds), arms.items()):
         out = folder / f"{name}-{cfg.seed + k}"
         halfway, path = (out / "training.pt").exists(), out / "metrics.json"
         cfg = replace(cfg, seed=cfg.seed + k, out=str(out), resume=halfway, figures=False)
@@ -1552,7 +1548,7 @@ def compare(given: dict, interrupts: list) -> int:
         medians = [sorted(run[key] for run in runs)[len(runs) // 2] for key in SPENT]
         print(line.format(sum(exact) / len(runs), min(exact), max(exact), *medians, name))
     if not RANK:
-        write(folder / "compare.json", {"task": first.task, "torch": torch.__version__, "arms": found})
+        write(folder / "compare.json", {"task": last.task, "torch": torch.__version__, "arms": found})
     return 0
 
 
