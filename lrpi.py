@@ -890,20 +890,17 @@ def naming(path, what: str):
 
 
 def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0, blanks: int = 0) -> Puzzles:
-    """`count` sudokus with 1 to `blanks` empty cells (0: no limit). The solution's kind decides the split.
-
-    They are views of at most 60 minimal ones, with some cells given back: so each has one solution.
-    """
-    generator, zero = torch.Generator().manual_seed(seed), torch.zeros(10**4, size**2, dtype=torch.uint8)
-    key = sudoku_kind if size > 4 else torch.clone  # of size 4, there are only two kinds
+    """`count` sudokus with 1 to `blanks` empty cells (0: no limit): views of at most 60 minimal ones."""
+    generator, zero = torch.Generator().manual_seed(seed), torch.zeros(200, size**2, dtype=torch.uint8)
+    key = sudoku_kind if size > 4 else torch.clone  # decides the split; of size 4, there are only two kinds
     y = draw_split(min(count, 60), size, split, lambda n: other_solutions(zero[:n], zero[:n], generator), key)
     x, rows = minimal(y, generator), torch.arange(count) % len(y)
     view = sudoku_views(count, (size, size), generator)
     x, y = (look(cells[rows], *view) for cells in (x, y))
     rank = torch.where(x == 0, torch.rand(x.shape, generator=generator), 2.0).argsort(1).argsort(1)
     most = (x == 0).sum(1, keepdim=True).clamp(max=blanks or size**2)
-    kept = rank < 1 + (torch.rand(count, 1, generator=generator) * most).floor()
-    return solve_sudokus(torch.where(kept, x, y), y)
+    blank = rank < 1 + (torch.rand(count, 1, generator=generator) * most).floor()
+    return solve_sudokus(torch.where(blank, x, y), y)  # with cells given back: still one solution
 
 
 def solve_sudokus(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
@@ -1423,10 +1420,7 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
 
 
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
-    """Propose and verify: solve x [N, H, W] (on the CPU) in view after view, until an answer is accepted.
-
-    Returns the answers [N, H, W], the try that was accepted [N] (0: none), and the passes of each try.
-    """
+    """Propose and verify: solve x [N, H, W] (on the CPU) in view after view, until an answer is accepted."""
     task, model, device, passes = TASKS[model.cfg.task], resized(model, x.shape[1:]), model.y0.device, []
     views = task.views(tries, tuple(x.shape[1:]), torch.Generator().manual_seed(0))  # the same in every run
     for t in views:
@@ -1440,7 +1434,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
         said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1))
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
         accepted[rows[task.solved(x[rows], said[rows].view_as(x[rows]))]] = len(passes)
-    return said.view_as(x), accepted, passes
+    return said.view_as(x), accepted, passes  # answers, the try that was accepted (0: none), of each try
 
 
 def frames_of(model: LoopedModel, x: torch.Tensor, asked: torch.Tensor, steps) -> list:
@@ -1559,12 +1553,13 @@ def solve(given: dict) -> int:
     if not (path := given.get("checkpoint", saved and str(saved[-1]))):
         raise UserError(f"--solve {source}: no model in runs/; must be trained, or named by --checkpoint")
     model, facts = load_checkpoint(path, **{"tries": 16} | given)
-    cfg, task, puzzles, written = model.cfg, TASKS[model.cfg.task], [], []
+    cfg, task, puzzles = model.cfg, TASKS[model.cfg.task], []
     steps = range(1, (cfg.think or cfg.n_sup * (1 if cfg.step_index else 8)) + 1)
     with naming(source, "a text file with puzzles, or -"):
         text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
         if not (every := boards(text, task, cfg.size)):
             raise UserError("no puzzles")
+    answers = {rows[0][0]: "" for rows in every}  # of the lines where puzzles begin
     for rows in every:
         try:
             puzzles.append((rows[0][0], *read_board(rows, task, cfg)))
@@ -1590,12 +1585,12 @@ def solve(given: dict) -> int:
                     draw_frames(task, frames, words, picture := prepare_folder(cfg.out) / f"line-{line}.png")
                     print(f"wrote {picture}")
             print(f"line {line}: {words}", flush=True)
-            written.append("".join(task.letters[t] for t in said.flatten()) if good else "")
-    print(f"{sum(map(bool, written))} of {len(every)} solved by {path}")
+            answers[line] = "".join(task.letters[t] for t in said.flatten()) * good
+    print(f"{sum(map(bool, answers.values()))} of {len(every)} solved by {path}")
     if cfg.answers:
         with naming(cfg.answers, "a place to write to"):
-            Path(cfg.answers).write_text("\n".join([*written, ""]))
-    return 2 if len(puzzles) < len(every) else int(not all(written))
+            Path(cfg.answers).write_text("\n".join([*answers.values(), ""]))
+    return 2 if len(puzzles) < len(every) else int(not all(answers.values()))
 
 
 def learn(cfg: Config, interrupts: list) -> int:
