@@ -1007,7 +1007,7 @@ def tokens(rows: list, task: Task, size: int, width: int) -> torch.Tensor:
 
 
 COLUMNS = (("question", "answer"), ("quizzes", "solutions"), ("puzzle", "solution"))  # of CSV files
-COMMENT = r"\s*[#;]|.*[A-Za-z]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is none of a board
+COMMENT = r"\s*[#;]|.*[A-PR-WYZa-wyz]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is none of a board
 
 
 def csv_rows(path: Path):
@@ -1088,7 +1088,7 @@ def read_board(rows: list, task: Task, cfg) -> tuple:
     y = task.solve(x[None]).y.view_as(x)
     if not task.solved(x[None], y[None]):
         raise UserError(f"line {line}: no solution" + "; must have an S, a G and a way" * (not task.glyphs))
-    return x, y, x if task.glyphs else inside(x)
+    return x, y, x if fixed else inside(x)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -949,7 +949,8 @@ FORMATS = {  # each holds the same puzzle, or two mazes
     "sudoku": [f"17f3 {SUDOKU} 2.1", f"id,puzzle,solution\n1,{SUDOKU.replace('.', '0')},{'1' * 81}",
                f"Grid 01\n{chr(10).join(ROWS)}", "# of today\n====\n[Puzzle]\n" + "\n".join(BANDS),
                "\n".join(f"[{', '.join(row)}]," for row in ROWS), "\n".join(f"| {row} |" for row in ROWS),
-               *(SUDOKU.replace(".", blank) for blank in "0_*x?-")],
+               *(SUDOKU.replace(".", blank) for blank in "0_*x?-"),
+               *("\n".join(ROWS).replace(".", blank) for blank in "0_*x?-")],
     "maze": ["S #\n# #\n  G", "s.#\n#.#\n..g", "A0X\n101\n00B", "P %\n% %\n  F",
              "  #####\n  #S ##\n  ## ##\n  #  E#\n  #####"],
     "nqueens": [BOARDS["nqueens"][0].split("\n")[0], "1" + "0" * 63],
@@ -968,6 +969,10 @@ def test_formats_and_rims():
         ]
         assert [len(boards) for boards in found] == [1] * len(texts)
         assert all(torch.equal(boards[0], found[0][0]) for boards in found), task
+    text = "#####\n#S  #\n# # #\n# #G#\n#####"
+    (rows,) = lrpi.boards(text, lrpi.TASKS["maze"], 5)
+    x, _, inner = lrpi.read_board(rows, lrpi.TASKS["maze"], lrpi.configure(size=5, mixer="mlp"))
+    assert torch.equal(x, inner), "the mlp mixer works at its size alone: the rim stays"
     of, cfg = lrpi.TASKS["maze"], lrpi.configure()
     for text in ("#S###\n#  ##\n## ##\n#   G\n#####", "#####\n#   S\n# #G#\n#####", "#####\n#S G#\n#####"):
         rows, *_ = lrpi.boards(text, of, 11)
