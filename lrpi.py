@@ -28,6 +28,7 @@ No section uses one below it. §1-6 are the method; copy §1, §2, §3, §5, §7
 
 import argparse
 import csv
+import gc
 import inspect
 import io
 import itertools
@@ -1692,6 +1693,7 @@ def main(argv=None) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
         if RANKS > 1 and dist.is_initialized():
+            gc.collect()  # what still holds the group would let its threads outlive Python
             dist.destroy_process_group()
     if not RANK:
         line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
