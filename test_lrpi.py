@@ -59,78 +59,20 @@ def neighbours_of(cell, side):
 
 
 def search(maze, side):
-    """Breadth-first: a shortest path from start to goal, how many there are, and all reachable cells."""
+    """Breadth-first: cells of a shortest path from start to goal, if there is one; all reachable cells."""
     start, goal = maze.index(START), maze.index(GOAL)
-    distance, ways, came, queue = {start: 0}, {start: 1}, {}, deque([start])
+    came, queue, path = {start: start}, deque([start]), set()
     while queue:
         here = queue.popleft()
-        for there in [n for n in neighbours_of(here, side) if maze[n] != WALL]:
-            if there not in distance:
-                distance[there], ways[there], came[there] = distance[here] + 1, 0, here
+        for there in neighbours_of(here, side):
+            if maze[there] != WALL and there not in came:
+                came[there] = here
                 queue.append(there)
-            if distance[there] == distance[here] + 1:
-                ways[there] += ways[here]
-    path, cell = set(), came[goal]
+    cell = came.get(goal, start)
     while cell != start:
         path.add(cell)
         cell = came[cell]
-    return path, ways[goal], set(distance)
-
-
-@pytest.mark.parametrize("size, count", [(5, 90), (11, 60), (21, 10), (61, 2)])
-def test_mazes_are_perfect_labels_the_unique_path_and_rounds_fill_dead_ends(size, count):
-    puzzles = lrpi.make_mazes(count, size, "train", seed=3)
-    rooms = {r * size + c for r in range(0, size, 2) for c in range(0, size, 2)}
-    assert len(puzzles) == count and puzzles.x.dtype == puzzles.y.dtype == torch.uint8
-    stages = [stage(puzzles, r).tolist() for r in range(puzzles.order.max() + 1)]
-    for i, (maze, label) in enumerate(rows_of(puzzles.x, puzzles.y)):
-        spaces = {cell for cell, token in enumerate(maze) if token != WALL}
-        assert rooms <= spaces and {maze.index(START), maze.index(GOAL)} <= rooms
-        assert maze.count(START) == maze.count(GOAL) == 1 and PATH not in maze
-        path, ways, reached = search(maze, size)
-        edges = sum(there in spaces for here in spaces for there in neighbours_of(here, size)) // 2
-        assert reached == spaces and edges == len(spaces) - 1, "a tree"
-        assert ways == 1 and label == [PATH if cell in path else token for cell, token in enumerate(maze)]
-        answer = [PATH if token == OPEN else token for token in maze]
-        for filled in stages:
-            assert filled[i] == answer
-            marked = {cell for cell in spaces if answer[cell] != OPEN}
-            for cell in [c for c in marked if sum(n in marked for n in neighbours_of(c, size)) <= 1]:
-                answer[cell] = OPEN if answer[cell] == PATH else answer[cell]
-        assert stages[-1][i] == label
-
-
-def test_spanning_trees_and_ends_are_uniform():
-    """The 192 trees of a 3 x 3 grid (Kirchhoff's theorem), and 72 pairs of rooms; chi-square, 6 sigma."""
-    parents, mazes = lrpi.spanning_trees(19_200, 3, generator()), lrpi.carve(7200, 5, generator(1))
-    trees = [frozenset(frozenset((i, p)) for i, p in enumerate(row) if i != p) for row in parents.tolist()]
-    ends = [(maze.index(START), maze.index(GOAL)) for maze in mazes.tolist()]
-    for draws, cells in ((trees, 192), (ends, 72)):
-        counts = Counter(draws)
-        chi2 = sum((n - 100) ** 2 / 100 for n in counts.values())  # of cells - 1 degrees of freedom
-        assert len(counts) == cells and abs(chi2 - (cells - 1)) < 6 * math.sqrt(2 * (cells - 1))
-
-
-def symmetric_views(cells, side):
-    rows = [tuple(cells[r * side : (r + 1) * side]) for r in range(side)]
-    for _ in range(4):
-        rows = list(zip(*rows[::-1], strict=True))  # a quarter turn
-        yield from (tuple(itertools.chain(*rows)), tuple(itertools.chain(*(row[::-1] for row in rows))))
-
-
-@pytest.mark.parametrize("task, size, count", [
-    ("maze", 5, 300), ("maze", 11, 300), ("sudoku", 6, 60), ("sudoku", 9, 12), ("nqueens", 6, 60),
-])  # fmt: skip
-def test_splits_share_nothing_under_the_8_symmetries(task, size, count):
-    """No walls of mazes, solutions of sudokus, questions of queens. The seed alone decides what is made."""
-    seen, first = defaultdict(set), {}
-    for split, seed in itertools.product(lrpi.SPLITS, (0, 1, 0)):
-        puzzles = lrpi.TASKS[task].make(count, size, split, seed)
-        assert len(puzzles) == count and same([*puzzles], first.setdefault((split, seed), [*puzzles]))
-        cells = {"maze": puzzles.x == WALL, "sudoku": puzzles.y, "nqueens": puzzles.x}[task]
-        seen[split] |= {min(symmetric_views(row, size)) for row in cells.tolist()}
-    assert all(a and b and not a & b for a, b in itertools.combinations(seen.values(), 2))
-    assert not same(first["train", 0], first["train", 1])
+    return path, {*came}
 
 
 def solved_by_hand(maze, answer, side):
@@ -146,28 +88,116 @@ def solved_by_hand(maze, answer, side):
     return set(walk) == marked and set(changed) <= {(OPEN, PATH)}
 
 
+def maze_of(kind, side, rng):
+    """A perfect maze by depth-first search, Prim's or Kruskal's algorithm, or random obstacles."""
+    k = side // 2 + 1
+    cells = [2 * (room // k) * side + 2 * (room % k) for room in range(k * k)]
+    edges = [(a, b) for a in range(k * k) for b in neighbours_of(a, k)]
+    rng.shuffle(edges)
+    tree, part = [], [*range(k * k)]
+    front = edges[:] if kind == "kruskal" else [edge for edge in edges if edge[0] == 0]
+    while front:
+        a, b = front.pop(rng.randrange(len(front)) if kind == "prim" else -1)
+        if part[a] != part[b]:  # rooms that are joined have the same number
+            tree.append((a, b))
+            part = [part[a] if of == part[b] else of for of in part]
+            front += [] if kind == "kruskal" else [edge for edge in edges if edge[0] == b]
+    spaces = {*cells, *((cells[a] + cells[b]) // 2 for a, b in tree)}
+    if kind == "obstacles":
+        cells = [*range(side**2)]
+        spaces = {cell for cell in cells if rng.random() < 0.6}
+    ends = dict(zip(rng.sample(cells, 2), (START, GOAL), strict=True))
+    return [ends.get(cell, OPEN if cell in spaces else WALL) for cell in range(side**2)]
+
+
+@pytest.mark.parametrize("kind, side, count", [
+    ("uniform", 5, 90), ("uniform", 11, 60), ("uniform", 21, 10), ("uniform", 61, 2),
+    *itertools.product(("depth-first", "prim", "kruskal"), (11, 21), (12,)), ("obstacles", 9, 40),
+])  # fmt: skip
+def test_mazes_are_read_labels_are_shortest_paths_and_rounds_fill_dead_ends(kind, side, count):
+    """Ours and other perfect mazes, and obstacles with loops between them, as text with a rim."""
+    rng, task, made = random.Random(side), lrpi.TASKS["maze"], lrpi.make_mazes(count, side, seed=3)
+    mazes = made.x.tolist() if kind == "uniform" else [maze_of(kind, side, rng) for _ in range(count)]
+    puzzles, solvable = task.solve(torch.tensor(mazes, dtype=torch.uint8)), 0
+    assert kind != "uniform" or same([*puzzles], [*made])
+    stages = [stage(puzzles, r).tolist() for r in range(puzzles.order.max() + 1)]
+    for i, (maze, label) in enumerate(rows_of(puzzles.x, puzzles.y)):
+        (path, reached), letters = search(maze, side), [task.letters[token] for token in maze]
+        rows = [f"#{''.join(letters[k : k + side])}#" for k in range(0, side**2, side)]
+        [(line, rows)] = lrpi.boards("\n".join(["#" * (side + 2), *rows, "#" * (side + 2)]), task, 11)
+        if maze.index(GOAL) not in reached:
+            with pytest.raises(lrpi.UserError, match="line 1: no solution"):
+                lrpi.read_board(rows, line, task, lrpi.configure())
+            continue
+        drawn, whole, x = lrpi.read_board(rows, line, task, lrpi.configure())
+        assert (
+            torch.equal(lrpi.outside(drawn, puzzles.y[i].view_as(x)), whole) and x.flatten().tolist() == maze
+        )
+        assert task.solved(drawn[None], whole[None]) and task.solved(drawn[None], drawn[None]) == (not path)
+        assert solved_by_hand(maze, label, side) and label.count(PATH) == len(path)
+        spaces = {cell for cell, token in enumerate(maze) if token != WALL}
+        if kind != "obstacles":
+            rooms = {r * side + c for r in range(0, side, 2) for c in range(0, side, 2)}
+            edges = sum(there in spaces for here in spaces for there in neighbours_of(here, side)) // 2
+            assert reached == spaces and edges == len(spaces) - 1, "a tree"
+            assert rooms <= spaces and {maze.index(START), maze.index(GOAL)} <= rooms
+        answer = [PATH if token == OPEN else token for token in maze]
+        for filled in stages:
+            assert filled[i] == answer
+            marked = {cell for cell in spaces if answer[cell] != OPEN}
+            dead = [cell for cell in marked if sum(n in marked for n in neighbours_of(cell, side)) <= 1]
+            if not any(answer[cell] == PATH for cell in dead):
+                answer = label
+            for cell in dead:
+                answer[cell] = OPEN if answer[cell] == PATH else answer[cell]
+        assert answer == label
+        solvable += 1
+    assert solvable == count or kind == "obstacles" and 10 < solvable < count
+
+
+def test_spanning_trees_and_ends_are_uniform():
+    """The 192 trees of a 3 x 3 grid (Kirchhoff's theorem), and 72 pairs of rooms; chi-square, 6 sigma."""
+    parents, mazes = lrpi.spanning_trees(19_200, 3, generator()), lrpi.carve(7200, 5, generator(1))
+    trees = [frozenset(frozenset((i, p)) for i, p in enumerate(row) if i != p) for row in parents.tolist()]
+    ends = [(maze.index(START), maze.index(GOAL)) for maze in mazes.tolist()]
+    for draws, cells in ((trees, 192), (ends, 72)):
+        counts = Counter(draws)
+        chi2 = sum((n - 100) ** 2 / 100 for n in counts.values())  # of cells - 1 degrees of freedom
+        assert len(counts) == cells and abs(chi2 - (cells - 1)) < 6 * math.sqrt(2 * (cells - 1))
+
+
 def test_maze_solved_agrees_with_a_walk_along_the_marks():
-    """True labels, labels with one cell changed, and random answers, in perfect mazes and open fields."""
-    rng, verdicts = random.Random(0), []
-    for size, open_field in ((5, False), (7, False), (5, True)):
-        for maze in lrpi.make_mazes(40, size, "train", seed=2).x.tolist():
-            if open_field:
-                maze = [OPEN if token == WALL and rng.random() < 0.8 else token for token in maze]
-            path, *_ = search(maze, size)
-            truth = [PATH if cell in path else token for cell, token in enumerate(maze)]
-            near = itertools.product(range(size * size), range(5))
-            answers = [truth, maze, *([*truth[:cell], token, *truth[cell + 1 :]] for cell, token in near)]
-            answers += [[PATH if t == OPEN and rng.random() < 0.5 else t for t in maze] for _ in range(50)]
-            expected = [solved_by_hand(maze, answer, size) for answer in answers]
-            x, said = torch.tensor([maze] * len(answers)), torch.tensor(answers)
-            assert lrpi.maze_solved(x, said).tolist() == expected
-            verdicts += expected
-    assert 120 < sum(verdicts) < len(verdicts) / 2, "both verdicts occurred"
-    texts = ("S   # ## #   G##         ", "Sooo# ##o#   G##         ", "S   #o## #oooG##         ")
-    texts += ("S G########   ## # ##   #", "SoG########ooo##o#o##ooo#")
-    x, y, other, ring, loop = (torch.tensor([["# SGo".index(c) for c in text]]).byte() for text in texts)
-    assert search(x[0].tolist(), 5)[1] == 2 and lrpi.maze_solved(x, y) and lrpi.maze_solved(x, other)
-    assert torch.equal(stage(lrpi.solve_mazes(x, y), 25), y) and not lrpi.maze_solved(ring, loop)
+    """All marks in open fields of 4 x 4, loops beside the path among them; labels with one cell changed."""
+    marks, cases = [*itertools.product((OPEN, PATH), repeat=14)], []
+    cases.append((4, [[*marked, START, GOAL] for marked in marks]))
+    cases.append((4, [[START, *marked[:9], GOAL, *marked[9:]] for marked in marks]))
+    for size, (x, y, *_) in ((size, lrpi.make_mazes(30, size, seed=2)) for size in (5, 7)):
+        for maze, label in rows_of(x, y):
+            near = itertools.product(range(size**2), range(5))
+            changed = ([*label[:cell], token, *label[cell + 1 :]] for cell, token in near)
+            cases.append((size, [maze, *changed]))
+    for size, answers in cases:  # the first is the maze itself
+        expected = [solved_by_hand(answers[0], answer, size) for answer in answers]
+        assert 0 < sum(expected) < len(expected) / 2
+        maze, said = torch.tensor(answers[:1] * len(answers)), torch.tensor(answers)
+        assert lrpi.maze_solved(maze, said).tolist() == expected
+
+
+@pytest.mark.parametrize("task, size, count", [
+    ("maze", 5, 300), ("maze", 11, 300), ("sudoku", 6, 60), ("sudoku", 9, 12), ("nqueens", 6, 60),
+])  # fmt: skip
+def test_splits_share_nothing_under_any_symmetry(task, size, count):
+    """No walls of mazes, kinds of sudokus, questions of queens. The seed alone decides what is made."""
+    seen, first = defaultdict(set), {}
+    for split, seed in (*zip(lrpi.SPLITS, (0, 0, 0), strict=True), ("train", 1), ("train", 0)):
+        puzzles = lrpi.TASKS[task].make(count, size, split, seed)
+        assert len(puzzles) == count and same([*puzzles], first.setdefault((split, seed), [*puzzles]))
+        kinds = lrpi.sudoku_kind(puzzles.y) if task == "sudoku" else puzzles.y
+        cells = lrpi.grid({"maze": puzzles.x == WALL, "sudoku": kinds, "nqueens": puzzles.x}[task])
+        views = torch.stack([of.rot90(k, (1, 2)).flatten(1) for of in (cells, cells.mT) for k in range(4)], 1)
+        seen[split] |= {min(map(tuple, of)) for of in views.tolist()}
+    assert all(a and b and not a & b for a, b in itertools.combinations(seen.values(), 2))
+    assert not same(first["train", 0], first["train", 1])
 
 
 # --- Sudoku and queens --------------------------------------------------------------------------------------
@@ -187,22 +217,22 @@ def sudoku_solutions(board, size, limit):
     return found if free else [list(board)]
 
 
-def test_sudokus_have_one_solution_and_near_misses_are_wrong():
-    for size, blanks, count in ((4, 10, 60), (6, 24, 30), (9, 40, 8), (9, 54, 4)):
-        puzzles = lrpi.make_sudokus(count, size, "train", 1, blanks)
-        assert lrpi.sudoku_solved(puzzles.x, puzzles.y).all() and puzzles.x.dtype == torch.uint8
-        for puzzle, label in rows_of(puzzles.x, puzzles.y):
-            assert 1 <= puzzle.count(0) <= blanks and sudoku_solutions(puzzle, size, 2) == [label]
-    x, y, *_ = lrpi.make_sudokus(20, 9)
-    for i, cell in enumerate(torch.randint(81, (20,), generator=generator()).tolist()):
-        said = y[i : i + 1].repeat(9, 1)
-        said[:, cell] = (y[i, cell] + torch.arange(9)) % 10  # the first is right, the others are not
-        assert lrpi.sudoku_solved(x[i].expand(9, -1), said).tolist() == [True] + 8 * [False]
-    renamed = (y % 9) + 1  # a valid grid, but every given is changed
+@pytest.mark.parametrize("size, blanks, count", [(4, 10, 60), (6, 24, 30), (9, 40, 8), (9, 0, 4)])
+def test_sudokus_have_one_solution_and_near_misses_are_wrong(size, blanks, count):
+    x, y, *_ = lrpi.make_sudokus(count, size, "train", 1, blanks)
+    assert lrpi.sudoku_solved(x, y).all() and x.dtype == torch.uint8
+    for puzzle, label in rows_of(x, y):
+        assert 1 <= puzzle.count(0) <= (blanks or 64) and sudoku_solutions(puzzle, size, 2) == [label]
+    for i, cell in enumerate(torch.randint(size**2, (count,), generator=generator()).tolist()):
+        said = y[i : i + 1].repeat(size, 1)
+        said[:, cell] = (y[i, cell] + torch.arange(size)) % (size + 1)  # only the first is right
+        assert lrpi.sudoku_solved(x[i].expand(size, -1), said).tolist() == [True] + (size - 1) * [False]
+    renamed = (y % size) + 1  # a valid grid, but every given is changed
     assert lrpi.sudoku_solved(y * 0, renamed).all() and not lrpi.sudoku_solved(x, renamed).any()
-    assert not lrpi.sudoku_solved(x, torch.where(torch.arange(81) == 40, 10, y)).any(), "10 is the mask token"
-    said = torch.tensor([[*map(int, digits)] for digits in ("1234341223414123", "1234234134124123")])
-    assert lrpi.sudoku_solved(said * 0, said).tolist() == [True, False], "boxes count"
+    masked = torch.where(torch.arange(size**2) == 7, size + 1, y)
+    assert not lrpi.sudoku_solved(x, masked).any(), "a mask token is no digit"
+    square = (torch.arange(size)[:, None] + torch.arange(size)) % size + 1  # rows and columns are good
+    assert not lrpi.sudoku_solved(x[:1] * 0, square.view(1, -1))
 
 
 def placements(size):
@@ -212,7 +242,7 @@ def placements(size):
 
 
 def test_queens_labels_are_the_first_completion_and_any_completion_is_right():
-    """Checked: all boards of 4 x 4; placements of 8 x 8 with two cells exchanged, or one changed."""
+    """The checker is tried on all boards of 4 x 4, and on what is right in 8 x 8."""
     valid, puzzles = list(placements(8)), lrpi.make_queens(300, 8, "train", seed=2)
     stages = [stage(puzzles, r).tolist() for r in range(8)]
     for i, (board, label) in enumerate(rows_of(puzzles.x, puzzles.y)):
@@ -221,14 +251,9 @@ def test_queens_labels_are_the_first_completion_and_any_completion_is_right():
         for r, k in enumerate(k for k in range(0, 64, 8) if not any(board[k : k + 8])):
             assert stages[r][i] == board, "the solver goes row by row"
             board[k : k + 8] = label[k : k + 8]
-    rng, near = random.Random(0), []
-    for board, _ in itertools.product(valid, range(20)):
-        a, b = rng.sample(range(64), 2)
-        near += [[board[{a: b, b: a}.get(i, i)] for i in range(64)], [board[i] ^ (i == a) for i in range(64)]]
-    small = [[n >> i & 1 for i in range(16)] for n in range(2**16)]
-    for said, right in ((small, list(placements(4))), (near, valid)):
-        found = lrpi.queens_solved(torch.tensor(said) * 0, torch.tensor(said)).tolist()
-        assert found == [board in right for board in said] and 0 < sum(found) < len(found)
+    small, right = [[n >> i & 1 for i in range(16)] for n in range(2**16)], list(placements(4))
+    found = lrpi.queens_solved(torch.tensor(small) * 0, torch.tensor(small)).tolist()
+    assert found == [board in right for board in small] and sum(found) == 2
     corner, valid = (torch.arange(64) == 0).expand(92, -1).long(), torch.tensor(valid)
     assert lrpi.queens_solved(corner, valid).equal(valid[:, 0] == 1), "the given queen must stand"
 
@@ -245,15 +270,6 @@ def model_and_state(cfg, B=3):
         p.data += 0.1 * torch.randn_like(p)
     y, z = torch.randn(2, B, L, cfg.width)
     return model, torch.randint(0, 4, (B, L), dtype=torch.uint8), y, z, torch.ones(B, dtype=torch.long)
-
-
-def test_forward_passes_are_counted():
-    for scheme in lrpi.SCHEMES:
-        model, calls = lrpi.LoopedModel(tiny(scheme=scheme, width=8, ffn=8)), []
-        for net in model.nets:
-            net.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        passes = {"trm": 336, "trm-medium": 48}.get(scheme, 18)
-        assert lrpi.evaluate(model, lrpi.make_mazes(6, 5, "test"))["passes"] == passes == len(calls)
 
 
 def rms(v):
@@ -290,7 +306,7 @@ def plain_conv(W, name, h, cfg):
 
 def plain_step(model, x, y, z, s):
     """One step on one puzzle in float64: the recursion of TRM, block by block and cell by cell."""
-    cfg, W = model.cfg, {name: w.double() for name, w in model.state_dict().items()}
+    cfg, W = model.cfg, {name: w.double() for name, w in model.named_parameters()}
     passes = itertools.count()
 
     def net(h):
@@ -308,10 +324,11 @@ def plain_step(model, x, y, z, s):
     x = (y @ W["readout.weight"].T).argmax(-1) if cfg.feedback and s > 1 else x.long()
     e = W["tokens.weight"][x] + (W["step_table.weight"][min(s, cfg.n_sup) - 1] if cfg.step_index else 0)
     for _ in range(cfg.T):
+        y, z = y.detach(), z.detach()  # only the last cycle carries gradient
         for _ in range(cfg.n):
             z = net(z + (y + math.sqrt(cfg.width) * e))
         y = net(y + z + (math.sqrt(cfg.width) * e + W["role"] if cfg.recall else 0))
-    return y, z
+    return y, z, next(passes)
 
 
 @pytest.mark.parametrize("given", [
@@ -319,24 +336,19 @@ def plain_step(model, x, y, z, s):
     {"T": 2, "kernel": 5, "step_index": True, "feedback": True}, {"scheme": "one-pass"},
 ])  # fmt: skip
 def test_a_step_is_that_of_trm(given):
-    """With equal weights, in float32: atol 1e-5."""
+    """With equal weights, in float32: values, atol 1e-5; gradients, 1e-4 of the largest; forward passes."""
     model, x, y, z, s = model_and_state(replace(tiny(**given), shape=(3, 4)), B=1)
     for p in model.nets.parameters():
         p.data *= 0.5  # a net that does not amplify rounding
     for k in (1, 2, 9):
-        for got, plain in zip(model(x, y, z, k * s), plain_step(model, x[0], y[0], z[0], k), strict=True):
-            assert torch.allclose(got[0].double(), plain, atol=1e-5)
-
-
-def test_only_the_last_cycle_carries_gradient():
-    """T = 2 has the gradients of T = 1 from the state after a cycle (rtol 1e-5), and none for that before."""
-    (model, x, y, z, s), found = model_and_state(tiny(T=1)), []
-    for T, state in ((2, (y, z)), (1, model(x, y, z, s))):
-        model.cfg, (y, z) = replace(model.cfg, T=T), (h.detach().requires_grad_() for h in state)
-        out = model(x, y, z, s)[0].pow(3).sum()
-        found.append(torch.autograd.grad(out, [*model.nets.parameters(), y], allow_unused=True))
-    assert all(torch.allclose(a, b, 1e-5, 1e-5) for a, b in zip(found[0][:-1], found[1][:-1], strict=True))
-    assert found[0][-1] is None and found[1][-1].abs().max() > 0
+        before, plain = model.forward_passes, plain_step(model, x[0], y[0], z[0], k)
+        got = model(x, y, z, k * s)
+        assert all(torch.allclose(a[0].double(), b, atol=1e-5) for a, b in zip(got, plain[:2], strict=True))
+        assert model.forward_passes - before == plain[2]
+        grads = [torch.autograd.grad(of.pow(3).sum(), model.nets.parameters()) for of in (got[0], plain[0])]
+        assert all((a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(*grads, strict=True))
+    calls = {scheme: (cfg := tiny(scheme=scheme)).n_sup * cfg.T * (cfg.n + 1) for scheme in lrpi.SCHEMES}
+    assert calls.pop("trm") == 336 and calls.pop("trm-medium") == 48 and {*calls.values()} == {18}
 
 
 def test_initial_spread_stablemax_and_bfloat16_are_as_stated():
@@ -352,17 +364,14 @@ def test_initial_spread_stablemax_and_bfloat16_are_as_stated():
     v = h.double() @ readout.weight.double().T
     s = torch.where(v >= 0, v + 1, 1 / (1 - v))
     assert torch.allclose(readout(h).softmax(-1).double(), s / s.sum(-1, keepdim=True), atol=1e-5)
-    for mixer in lrpi.MIXERS:  # bfloat16 is for the products: states, logits and weights stay float32
-        (model, *state), inside = model_and_state(tiny(mixer=mixer)), []
-        hook = model.nets[0][0].swiglu.down.register_forward_hook
-        hook(lambda module, args, out, inside=inside: inside.append(out.dtype))
-        plain, model.bf16 = model(*state)[0], True
-        rounded = model(*state)[0]
-        rounded.square().sum().backward()
-        assert inside == [torch.float32] * 3 + [torch.bfloat16] * 3
-        pairs = [(p, p.grad) for p in model.nets.parameters()]
-        assert {of.dtype for of in (rounded, model.readout(rounded), *sum(pairs, ()))} == {torch.float32}
-        assert 0 < (plain - rounded).abs().mean() < 0.05
+    (model, *state), inside = model_and_state(tiny()), []
+    model.nets[0][0].swiglu.down.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+    plain, model.bf16 = model(*state)[0], True
+    rounded = model(*state)[0]  # bfloat16 is for the products: states, logits and weights stay float32
+    rounded.square().sum().backward()
+    assert inside == [torch.float32] * 3 + [torch.bfloat16] * 3 and 0 < (plain - rounded).abs().mean() < 0.05
+    stored = [rounded, model.readout(rounded), *(of for p in model.nets.parameters() for of in (p, p.grad))]
+    assert {of.dtype for of in stored} == {torch.float32}
 
 
 # --- Policy improvement -------------------------------------------------------------------------------------
@@ -372,7 +381,7 @@ def two_logits(seed=0, shape=(4, 5), V=7, scale=3.0):
     return u, c, torch.randint(0, V, shape, generator=g)
 
 
-def test_section_2_against_autograd_differences_and_distributions():
+def test_derivatives_against_autograd_and_differences():
     """Prop. 4.1, 3,000 cases: margin = -dL/dw, and d²L/dw²; autograd 1e-10, central differences 1e-5."""
     u, c, y = two_logits(3, (3000,), 6, 4.0)
     w = (4 * torch.rand(3000, dtype=torch.float64, generator=generator(1)) - 1).requires_grad_()
@@ -389,7 +398,10 @@ def test_section_2_against_autograd_differences_and_distributions():
     below, here, above = (loss(w + d) for d in (-1e-4, 0, 1e-4))
     assert torch.allclose(got[0], (above - below) / 2e-4, atol=1e-5)
     assert torch.allclose(got[1], (above - 2 * here + below) / 1e-8, atol=1e-5) and (got[1] > 0).any()
-    # Against torch's distributions, 1e-12. A shift changes nothing, 1e-9. Logits of +-1e4 in float32, 2%.
+
+
+def test_policies_against_distributions_and_with_shifted_and_large_logits():
+    """torch's distributions, 1e-12. A shift changes nothing, 1e-9. Logits of +-1e4 in float32, 2%."""
     u, c, y = two_logits()
     pi_u, pi_c = (torch.distributions.Categorical(logits=logits) for logits in (u, c))
     taken = lrpi.advantage(u, c).gather(-1, y[..., None]).squeeze(-1)
@@ -404,13 +416,12 @@ def test_section_2_against_autograd_differences_and_distributions():
     functions += [lambda u, c, w=w: torch.stack(lrpi.derivatives(u, c, y, w)) for w in (-0.5, 0.0, 1.0, 3.0)]
     large = [(5e3 * logits).clamp(-1e4, 1e4) for logits in (u, c)]
     for f in functions:
-        for other in ((u + 7.0, c - 13.0 * torch.rand(4, 5, 1)), (u.log_softmax(-1), c.log_softmax(-1))):
-            assert torch.allclose(f(*other), f(u, c), atol=1e-9)
+        assert torch.allclose(f(u + 7.0, c - 13.0 * torch.rand(4, 5, 1)), f(u, c), atol=1e-9)
         rounded = f(*(logits.float() for logits in large)).double()
         assert torch.allclose(rounded, f(*large), rtol=0.02, atol=0.01)
 
 
-def test_best_guidance_against_a_grid_search_in_degenerate_cases_and_with_ignored_labels():
+def test_best_guidance_against_a_grid_search_a_formula_and_in_degenerate_cases():
     """Neither a grid nor the neighbours on both sides have a lower loss than w*."""
     leans = {1.0: 0.5, 3.0: 1.5, 8.0: 3.0, 0.05: 0.02, 100.0: 60.0}.items()
     for seed, (scale, lean) in itertools.product(range(20), leans):
@@ -419,8 +430,11 @@ def test_best_guidance_against_a_grid_search_in_degenerate_cases_and_with_ignore
         w = lrpi.best_guidance(u, c, y)
         grid = [w, w - 1e-3, w + 1e-3, *(k / 10 for k in range(-40, 80))]
         best, *others = [F.cross_entropy(u + v * (c - u), y, reduction="sum").item() for v in grid]
-        slope, curvature = (d.sum().item() for d in lrpi.derivatives(u, c, y, w))
-        assert min(others) >= best - 1e-9 * abs(best) and abs(slope / curvature) < 1e-9
+        assert min(others) >= best - 1e-9 * abs(best)
+    for k, d in itertools.product((-300.0, 0.5, 40.0, 2000.0), (1e-3, 1.0, 50.0, 1e4, -1.0)):  # far from 1
+        a, b = (torch.tensor([v, 0.0], dtype=torch.float64).expand(8, 2) for v in (k, k - d))
+        w, expected = lrpi.best_guidance(a, b, torch.arange(8) // 6), (k - math.log(3)) / d  # pi_w(0) = 6 / 8
+        assert abs(w - expected) < 1e-6 * max(1.0, abs(expected))
     u, y, nan = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), torch.tensor([0, 1]), math.nan
     towards = u + F.one_hot(y, 3)
     away, half = 2 * u - towards, torch.tensor([0, -100])  # negative labels are ignored
@@ -433,11 +447,6 @@ def test_best_guidance_against_a_grid_search_in_degenerate_cases_and_with_ignore
     ):
         w = lrpi.best_guidance(a, b, label)
         assert w == expected or (math.isnan(w) and math.isnan(expected))
-    assert math.isfinite(lrpi.best_guidance(u, harmed, y))
-    for k, d in itertools.product((-300.0, 0.5, 40.0, 2000.0), (1e-3, 1.0, 50.0, 1e4, -1.0)):  # far from 1
-        a, b = (torch.tensor([v, 0.0], dtype=torch.float64).expand(8, 2) for v in (k, k - d))
-        w, expected = lrpi.best_guidance(a, b, torch.arange(8) // 6), (k - math.log(3)) / d  # pi_w(0) = 6 / 8
-        assert abs(w - expected) < 1e-6 * max(1.0, abs(expected))
     u, c, y = two_logits()
     some = torch.where(torch.arange(4)[:, None] % 2 == 0, -100, y)
     for part, whole in zip(lrpi.derivatives(u, c, some, 0.3), lrpi.derivatives(u, c, y, 0.3), strict=True):
@@ -449,134 +458,78 @@ def test_best_guidance_against_a_grid_search_in_degenerate_cases_and_with_ignore
 
 
 # --- Targets ------------------------------------------------------------------------------------------------
-def targets_of(puzzles, cfg, steps):
-    u, phi = torch.rand(len(puzzles), 2, puzzles.x.shape[1], generator=generator()), lrpi.TARGETS[cfg.target]
-    return [phi(tuple(puzzles), torch.full((len(puzzles),), s), u, cfg) for s in steps]
-
-
 @pytest.mark.parametrize("task, size", [("maze", 11), ("sudoku", 6), ("nqueens", 8)])
 @pytest.mark.parametrize("target", ["final", "reveal", "mask", "replace", "edits"])
 def test_targets_are_nested_come_closer_and_end_in_the_solution(target, task, size):
-    """And show a share of s / 6 with power 1: exactly, rounded down, or within 5 sigma."""
-    cfg = lrpi.configure(task=task, size=size, target=target, power=1.0, pace=1)
-    puzzles = lrpi.TASKS[task].make(60, size, "train")
-    targets = targets_of(puzzles, cfg, range(1, 10))
+    """And show a share of s / 6: exactly, rounded down, within 5 sigma, or two rounds of the solver."""
+    cfg, phi = lrpi.configure(task=task, size=size, target=target, power=1.0, pace=2), lrpi.TARGETS[target]
+    puzzles, u = lrpi.TASKS[task].make(60, size, "train"), torch.rand(60, 2, size**2, generator=generator())
+    targets = [phi(tuple(puzzles), torch.full((60,), s), u, cfg) for s in range(1, 10)]
     assert all(torch.equal(t, puzzles.y) for t in targets[5:]), "y* at step 6 = N_sup, and after it"
-    for s, (a, b) in enumerate(itertools.pairwise(targets), 1):
+    for s, (a, b) in enumerate(itertools.pairwise(targets[:6]), 1):
         assert (b == puzzles.y)[a == puzzles.y].all() and 0 <= a.min() <= a.max() < cfg.vocab, "nested"
-        shown = (a == puzzles.y).double().mean() - (s < 6 and target == "replace") * (6 - s) / 6 / cfg.vocab
-        close = abs(shown - min(1, s / 6)) < 5 * math.sqrt(1 / 4 / a.numel())
-        assert close if target in ("mask", "replace") else target == "final" or s > 1 or shown < 1
         n, left = (puzzles.x != puzzles.y).sum(1), (a != puzzles.y).sum(1)
-        assert target != "reveal" or torch.equal(n - left, n * min(s, 6) // 6)
-
-
-def test_edits_obey_the_lyapunov_bound():
-    """A.2: wrong cells fall by `pace` a step at least until none is left: in V0 / pace steps, rounded up."""
-    puzzles = lrpi.make_mazes(100, 11, "train", seed=4)
-    for pace in (1, 8):
-        first = before = (puzzles.draft != puzzles.y).sum(1)
-        cfg = lrpi.configure(pace=pace, n_sup=130)  # large, so that no puzzle ends because N_sup is reached
-        for s, target in enumerate(targets_of(puzzles, cfg, range(1, 130 // pace)), 1):
-            wrong = (target != puzzles.y).sum(1)
-            assert torch.equal(target, stage(puzzles, pace * s)) and (wrong[s * pace >= first] == 0).all()
-            assert ((wrong <= before - pace) | (wrong == 0)).all()
-            before = wrong
-        assert torch.equal(targets_of(puzzles, replace(cfg, n_sup=2), [2])[0], puzzles.y), "the last is y*"
+        by_chance, sigma = (target == "replace") * (6 - s) / 6 / cfg.vocab, math.sqrt(1 / 4 / a.numel())
+        near = abs((a == puzzles.y).double().mean() - by_chance - s / 6) < 5 * sigma
+        edited = torch.equal(a, stage(puzzles, 2 * s))
+        exactly = {"final": left.sum() == 0, "reveal": torch.equal(n - left, n * s // 6), "edits": edited}
+        assert exactly.get(target, near)
 
 
 # --- Training -----------------------------------------------------------------------------------------------
-def trained_model(data, cfg, callback=None, seed=0, **given):
-    torch.manual_seed(seed)
-    model = lrpi.LoopedModel(cfg)
-    return lrpi.train(model, data, cfg, callback, **given), model  # with averaged and with the last weights
-
-
-def test_learns_5x5_mazes():
-    """Untrained, the model solves none of these mazes; after 5 seconds of training, most of them."""
-    cfg, seen = lrpi.configure(size=5, width=32, ffn=64, examples=2400, linger=0.0), []
-    model, _ = trained_model(lrpi.make_mazes(2400, 5), cfg, lambda run, loss: seen.append((run.step, loss)))
-    losses = [loss for _, loss in seen if loss is not None]
-    assert seen[-1][0] == len(seen) == 1200 and 190 <= len(losses) <= 200, "12 rows, 6 steps each"
-    found = lrpi.evaluate(model, lrpi.make_mazes(300, 5, "test"), lrpi.maze_solved)
-    assert found["exact"][-1] > max(0.7, found["exact"][0]) and sum(losses[-20:]) < 0.5 * sum(losses[:20])
-
-
-@pytest.mark.parametrize("target", ["final", "edits", "reveal"])
-def test_training_is_a_pair_of_nested_loops(target, monkeypatch):
-    """AdamW, warm-up and cosine by hand; all noise is 1. Weights move by 0.03; atol 1e-6."""
-    given = {"examples": 12, "n_sup": 3, "batch_size": 4, "warmup": 2, "ema": 0.0, "noise": 0.3, "pace": 2}
-    cfg, phi, calls = tiny(target=target, step_index=True, linger=0.0, **given), lrpi.TARGETS[target], []
-    data, state = lrpi.make_mazes(40, 5), ()
+@pytest.mark.parametrize("target, act", [("final", False), ("edits", False), ("reveal", True)])
+def test_training_is_a_pair_of_nested_loops(target, act, monkeypatch):
+    """And, with a halting rule that draws lots, a queue; by hand, all noise is 1. Averaged weights: atol 1e-6."""
+    given = {"examples": 24, "n_sup": 3, "batch_size": 4, "warmup": 2, "ema": 0.7, "noise": 0.3, "pace": 2}
+    cfg = tiny(target=target, step_index=True, linger=0.0, act=act, **given)
+    puzzles, phi, rng = lrpi.make_mazes(7, 5), lrpi.TARGETS[target], random.Random(0)
+    updates, line, seen, share = [], [], [], 0
 
     def spy(puzzles, s, u, cfg):
-        calls.append((*(t.clone() for t in puzzles), u.clone()))
-        assert s.tolist() == [(len(calls) - 1) % 3 + 1] * 4
+        updates.append(SimpleNamespace(puzzles=puzzles, s=s, u=u, lots=torch.zeros(4, dtype=torch.bool)))
         return phi(puzzles, s, u, cfg)
 
+    def halting(model, y, *_):
+        updates[-1].lots = torch.tensor([rng.random() < 0.4 for _ in y])
+        return 0 * y.sum(), updates[-1].lots
+
     monkeypatch.setitem(lrpi.TARGETS, target, spy)
+    monkeypatch.setattr(lrpi, "halting_loss", halting)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     trained, model = (torch.manual_seed(0) and lrpi.LoopedModel(cfg) for _ in range(2))
-    lrpi.train(trained, data, cfg)
-    seen = {tuple(row) for x, *_ in calls[::3] for row in x.tolist()}
-    assert len(calls) == 9 and len(seen) == 12 and seen <= {tuple(row) for row in data.x.tolist()}
-    assert not any((calls[i][-1] == calls[i + 3][-1]).any() for i in (0, 3)), "new noise for every rollout"
+    data = puzzles if target == "edits" else TensorDataset(puzzles.x, puzzles.y)
+    averaged = lrpi.train(trained, data, cfg, lambda run, loss: seen.append((run.seen.item(), run.share)))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    for step, (*puzzles, u) in enumerate(calls):
-        assert same(calls[step // 3 * 3], calls[step]), "the same puzzles and noise for a whole rollout"
-        s = torch.full((4,), step % 3 + 1)
-        y, z = model(puzzles[0], *(h + 0.3 for h in (state if step % 3 else model.start(4))), s)
+    last = SimpleNamespace(puzzles=updates[0].puzzles, s=torch.tensor([3] * 4), u=-updates[0].u, lots=None)
+    for step, now in enumerate(updates):
+        fresh = last.s == 3 if step == 0 else last.lots | (last.s == 3)
+        assert share < 1 and torch.equal(now.s, torch.where(fresh, 1, last.s + 1))
+        for a, b in zip((*last.puzzles, last.u), (*now.puzzles, now.u), strict=True):
+            assert torch.equal(a[~fresh], b[~fresh]), "the same puzzles and noise for a whole rollout"
+        assert not (last.u == now.u)[fresh].any(), "new noise for every rollout"
+        line += now.puzzles[0][fresh].tolist()
+        state = model.start(4) if step == 0 else state
+        state = [torch.where(fresh[:, None, None], *of) for of in zip(model.start(4), state, strict=True)]
+        y, z = model(now.puzzles[0], *(h + 0.3 for h in state), now.s)
         optimizer.zero_grad()
-        F.cross_entropy(model.readout(y).transpose(1, 2), phi(puzzles, s, u, cfg).long()).backward()
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / 9)
+        F.cross_entropy(model.readout(y).mT, phi(now.puzzles, now.s, now.u, cfg).long()).backward()
+        cosine = 0.5 + 0.5 * math.cos(math.pi * share)
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / 3) * cosine
         optimizer.step()
-        state = y.detach(), z.detach()
-    pairs = zip(trained.parameters(), model.parameters(), strict=True)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
-
-
-def test_rows_leave_when_halting_says_so_and_the_next_puzzles_enter(monkeypatch):
-    """Against a queue by hand, with a halting rule that draws lots; row by row."""
-    cfg = replace(tiny(scheme="trm", T=1, n=1, n_sup=4, examples=60, batch_size=3), target="spy")
-    data, rng, forward, updates = lrpi.make_mazes(7, 5), random.Random(0), lrpi.LoopedModel.forward, []
-
-    def phi(puzzles, s, u, cfg):
-        updates.append(SimpleNamespace(x=puzzles[0].tolist(), s=s.tolist(), u=u.clone()))
-        return puzzles[1]
-
-    def spy(self, x, y, z, s):
-        assert y.grad_fn is None and z.grad_fn is None, "no gradient crosses steps"
-        updates[-1].before, updates[-1].after = (y, z), forward(self, x, y, z, s)
-        return updates[-1].after
-
-    def halting(model, y, *_):
-        updates[-1].lots = [rng.random() < 0.4 for _ in range(3)]
-        return 0 * y.sum(), torch.tensor(updates[-1].lots)
-
-    monkeypatch.setitem(lrpi.TARGETS, "spy", phi)
-    monkeypatch.setattr(lrpi.LoopedModel, "forward", spy)
-    monkeypatch.setattr(lrpi, "halting_loss", halting)
-    seen, line = [], []
-    _, model = trained_model(data, cfg, lambda run, loss: seen.append(run.seen.item()))
-    updates.insert(0, SimpleNamespace(lots=[True] * 3, s=[4] * 3))
-    for k, (last, now) in enumerate(itertools.pairwise(updates)):
-        for row in range(3):
-            fresh = last.lots[row] or last.s[row] == 4
-            line += [now.x[row]] if fresh else []
-            assert now.s[row] == 1 if fresh else (now.x[row], now.s[row]) == (last.x[row], last.s[row] + 1)
-            assert k == 0 or torch.equal(now.u[row], last.u[row]) is not fresh
-            states = [of[0] for of in model.start(1)] if fresh else [of[row] for of in last.after]
-            assert same(states, [of[row] for of in now.before])
-        assert seen[k] == len(line)
-    assert sorted(line[:7]) == sorted(data.x.tolist()) and line[7:] == line[:-7]
-    assert 60 <= len(line) <= 65 and len({tuple(now.lots) for now in updates}) > 4
+        new = [p.detach().clone() for p in model.parameters()]
+        mean = [0.7 * a + 0.3 * b for a, b in zip(mean, new, strict=True)] if step else new
+        state, last = (y.detach(), z.detach()), now
+        share = (len(line) - torch.where(now.lots, 0, 1 - now.s / 3).sum().item()) / 24
+        assert seen[step] == (len(line), pytest.approx(share))
+    assert share >= 1 and sorted(line[:7]) == sorted(puzzles.x.tolist()) and line[7:] == line[:-7]
+    assert act or len(updates) == 18
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(averaged.parameters(), mean, strict=True))
 
 
 @pytest.mark.parametrize("given", [{}, {"linear": True}, {"awr": 0.7}, {"hinge": 1.5},
                                    {"linear": True, "awr": 2.0, "hinge": 0.1}])  # fmt: skip
-def test_the_loss_of_a_step_against_plain_loops(given, monkeypatch):
-    """Its value cell by cell in float64, and its gradient by central differences; atol 1e-6. It calls §2."""
+def test_the_loss_of_a_step_against_plain_loops(given):
+    """Its value cell by cell in float64, and its gradient by central differences; atol 1e-6."""
     cfg, (u, c, y), s = tiny(n_sup=5, **given), two_logits(), torch.tensor([1, 2, 5, 4])
 
     def by_hand(c, held):  # the weights see the logits `held`, which carry no gradient
@@ -598,11 +551,7 @@ def test_the_loss_of_a_step_against_plain_loops(given, monkeypatch):
         nudge = 1e-5 * (torch.arange(held.numel()) == i).double().view_as(held)
         slope = (by_hand(held + nudge, held) - by_hand(held - nudge, held)) / 2e-5
         assert abs(gradient[i].item() - slope) < 1e-6
-    monkeypatch.setattr(lrpi, "advantage", lambda u, c: torch.full_like(u, math.log(3.0)))
-    monkeypatch.setattr(lrpi, "margin", lambda u, c, y, w=1.0: torch.full(y.shape, -5.0))
-    plain, cfg = lrpi.step_loss(u, c, y, s, replace(cfg, awr=0.0, hinge=0.0)), replace(cfg, linear=False)
-    changed = lrpi.step_loss(u, c, y, s, replace(cfg, awr=1.0, hinge=2.0))
-    assert given.get("linear") or torch.allclose(changed, 3 * plain + 10)
+    assert {"margin", "advantage"} <= {*lrpi.step_loss.__code__.co_names}, "the functions of §2"
 
 
 def test_halting_loss_and_who_may_leave():
@@ -620,23 +569,6 @@ def test_halting_loss_and_who_may_leave():
     for k, p in ((1, 0.1), (2, 0.1 * 2 / 3), (3, 0.1 / 3), (4, 0.0)):
         stayed = (~leaves[(q > 0) & (s == k)]).double()
         assert abs(stayed.mean().item() - p) <= 5 * math.sqrt(p * (1 - p) / len(stayed))
-
-
-def test_averaged_weights_follow_the_decay_the_seed_decides_and_a_budget_ends_training():
-    """With any data set of pairs (x, y*)."""
-    data, trail, shares = TensorDataset(*[*lrpi.make_mazes(30, 5)][:2]), [], []
-    cfg = tiny(examples=10, target="reveal", linger=0.0)
-    last, mean, cfg = replace(cfg, ema=0.0), replace(cfg, ema=0.7), replace(cfg, budget_seconds=0.3)
-    models = [*trained_model(data, last, lambda run, loss: trail.append(run.model.role.clone()))]
-    models += [*trained_model(data, mean), *trained_model(data, last, seed=1)]
-    expected = trail[0]
-    for weight in trail[1:]:
-        expected = 0.7 * expected + 0.3 * weight
-    assert len(trail) == 5 and torch.allclose(models[2].role, expected, atol=1e-6)
-    first, *others = [[*model.parameters()] for model in models]
-    assert [same(first, other) for other in others] == [True, False, True, False, False]
-    trained_model(data, cfg, lambda run, loss: shares.append((run.seconds, run.share)))
-    assert shares == sorted(shares) and shares[-2][1] < 1 <= shares[-1][1] and shares[-1][0] >= 0.3
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -699,14 +631,11 @@ def test_verdicts_on_steps_built_to_improve_do_nothing_or_harm_and_their_interva
     assert found["step_size"][0] == found["step_size"][4] == "too timid", "all residuals favour the label"
     assert found["w_star"][0] == math.inf and all(math.isnan(w) for w in found["w_star"][1:4])
     assert found["cut"] == {"lost": 0, "won": 0}, "without the dead steps"
-    # 60 sets of 5 means of 0: all intervals hold it in 57, 3 sigma: 52. Ends to a fifth of the width.
-    values, rng = torch.randn(60, 200, 5, generator=generator()), random.Random(0)
-    right = sum(all(low <= 0 <= high for low, high in lrpi.intervals(v, 600)) for v in values)
-    assert 52 <= right < 60
+    values, rng = torch.randn(200, 3, generator=generator()).exp(), random.Random(0)
     for N in (1, 5, 6):
-        assert all(math.isfinite(end) is (N > 5) for ends in lrpi.intervals(values[0, :N]) for end in ends)
-    for s, (low, high) in enumerate(lrpi.intervals(values[0, :, :3].exp())):  # 98.33% each
-        means = sorted(sum(rng.choices(values[0, :, s].exp().tolist(), k=200)) / 200 for _ in range(4000))
+        assert all(math.isfinite(end) is (N > 5) for ends in lrpi.intervals(values[:N]) for end in ends)
+    for of, (low, high) in zip(values.T.tolist(), lrpi.intervals(values), strict=True):
+        means = sorted(sum(rng.choices(of, k=200)) / 200 for _ in range(4000))  # 98.33% each, as by hand
         assert abs(low - means[33]) + abs(high - means[-34]) < 0.2 * (high - low)
 
 
@@ -723,13 +652,12 @@ def test_halting_gives_the_answers_of_the_plain_rollout_at_the_halting_step(rule
     by_hand = {"kl": (q * (q / p).log()).sum(-1).mean(1), "change": (q - p).abs().amax((1, 2)), "head": -head}
     assert torch.allclose(scores[:, 4], by_hand[rule], atol=1e-5)
     threshold = scores.quantile(0.3).item()
+    first = torch.tensor([[*(row <= threshold).nonzero()[:, 0].tolist(), 8][0] for row in scores])
     model.nets[0].register_forward_hook(lambda net, args, out: sizes.append(len(out)))
     answers, taken = lrpi.answer(model, puzzles.x, range(1, 10), lrpi.stopping(rule, threshold))
-    for i in range(80):
-        first = next((s for s in range(9) if scores[i, s] <= threshold), 8)
-        assert taken[i] == first + 1
-        assert torch.equal(answers[i].long(), plain[first].logits_c[i].argmax(-1))
-    assert len(taken.unique()) > 2 and sum(sizes) == 3 * taken.sum().item()
+    assert torch.equal(taken, first + 1) and len(taken.unique()) > 2 and sum(sizes) == 3 * taken.sum().item()
+    for answer, row, k in zip(answers, range(80), first.tolist(), strict=True):
+        assert torch.equal(answer.long(), plain[k].logits_c[row].argmax(-1))
     solved = (torch.rand(80, 9, generator=generator()) < torch.linspace(0.3, 0.9, 9)).cummax(1).values
     curve = lrpi.halting_curve(scores, solved, loss=0.05)
     first = [next((s for s in range(8) if row[s] <= curve["threshold"]), 8) for row in scores.tolist()]
@@ -781,33 +709,24 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """One small run of the real command in an empty folder: what it printed, and where its results lie."""
-    done = process(f"{PROGRAM} --task maze --seed 5 {QUICK}", cwd=(folder := tmp_path_factory.mktemp("run")))
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return done.stdout, folder / "runs" / "maze-dis"
-
-
-def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_longer(trained, capsys):
-    from PIL import Image
-
-    (said, out), before, found = trained, contents(trained[1]), read(trained[1])
+def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_longer(capsys):
+    """A small run in an empty folder."""
+    done, out = process(f"{PROGRAM} --task maze --seed 5 {QUICK}"), Path("runs/maze-dis")
+    before, found = contents(out), read(out)
+    assert done.returncode == 0 and done.stderr == ""
+    images = [before[name] for name in {*before} - {"metrics.json", "model.pt"}]
     assert {*before} == {"metrics.json", "model.pt", "diagnosis.png", "solution.png"}
-    for name in ("diagnosis.png", "solution.png"):
-        with Image.open(out / name) as image:
-            assert image.format == "PNG" and len(image.convert("RGB").getcolors(10**6)) > 5
+    assert all(data[:4] == b"\x89PNG" and len(data) > 10**4 for data in images)
     expected = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 9}
     assert expected.items() <= found.items() and found["config"]["seed"] == 5 and len(found["curve"]) == 10
     assert 120 <= found["examples_seen"] < 135 and found["longest"] <= 15
     assert found["params"] == sum(w.numel() for w in weights(out)) - 32, "y0 and z0 are not trained"
     assert found["halting"]["none"] == {"exact": found["exact"][2], "passes": 9}
-    assert all(len(found[name]) == 3 for name in ("exact", "verdict", "w_star", "kl", "gain_interval"))
-    table = [line for line in said.splitlines() if re.match(r" +\d +\d", line)]
+    table = [line for line in done.stdout.splitlines() if re.match(r" +\d +\d", line)]
     for row, exact, verdict in zip(table, found["exact"], found["verdict"], strict=True):
         assert f" {exact:.1%} " in row and verdict in row
-    assert found["summary"] in said and said.count("validation solved") == 10
-    assert f"{found['exact'][2]:.1%} of 40 held-out puzzles solved, with 9 " in said
+    assert found["summary"] in done.stdout and done.stdout.count("validation solved") == 10
+    assert f"{found['exact'][2]:.1%} of 40 held-out puzzles solved, with 9 " in done.stdout
     assert command(f"--eval {out}/model.pt --no-figures --test-size 40") == 0 and contents(out) == before
     assert all(found[k] == v for k, v in read(out / "eval").items() if k not in ("total_seconds", "config"))
     line = f"--eval {out}/model.pt --out o --no-figures --test-size 40 --halt --think 9 --size 9"
@@ -828,10 +747,11 @@ def test_other_options(capsys, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     line = "--mixer mlp --act --halt head --precision bf16 --compile --no-figures --train-size 30000 --out o"
-    assert command(f"{QUICK} {line} --budget-seconds 3") == 0 and compiled
+    assert command(f"{QUICK} {line} --budget-seconds 2 --tries 3") == 0 and compiled
     found, said = read("o"), capsys.readouterr()
+    assert found["train_seconds"] >= 2
     assert [*found["halting"]] == ["none", "kl", "change", "head"] and [*found["thinking"]] == ["5"]
-    assert all(words in said.out for words in (" s left\r", "100%", "(--halt head"))
+    assert all(words in said.out for words in (" s left\r", "100%", "(--halt head", "\n    3   "))
     assert re.search(r"making 30000 puzzles: \d+%", said.err)
     with pytest.raises(SystemExit, match="0"):
         command("--help")
@@ -870,111 +790,106 @@ ARMS = ["dis+feedback+linear+target=mask", "trm-medium+n-sup=2+step-index", "one
 COMPARE = f"{BRIEF} --examples 80 --seeds 2 --compare {','.join(ARMS)} --out "
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    assert command(COMPARE + str(out := tmp_path_factory.mktemp("compare"))) == 0
-    return out
-
-
-def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(compared, capsys):
-    names = [f"{arm}-{seed}" for arm in ARMS for seed in (0, 1)]
-    runs, found = [read(compared / name) for name in names], read(compared, "compare")["arms"]
-    assert set(contents(compared)) == {"compare.json"} and [*found] == ARMS
-    assert {path.name for path in compared.iterdir() if path.is_dir()} == {*names}
-    for k, of in enumerate(found.values()):
-        for run, record in zip(runs[2 * k : 2 * k + 2], of, strict=True):
-            assert record.items() <= run.items() and record["passes"] == (6, 6, 36)[k]
-            assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
-    with ctrl_c(runs[0]["steps_done"] + 3):  # in the middle of the second run
+def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(capsys):
+    names = [f"{arm}-{seed}" for seed in (0, 1) for arm in ARMS]
+    with ctrl_c(30):  # in the second run
         assert command(f"{COMPARE} o") == 130
-    before = [contents(Path("o") / name) for name in names[:1]]
-    capsys.readouterr()
-    assert command(f"{COMPARE} o") == 0
-    assert before == [contents(Path("o") / name) for name in names[:1]] and "compare.json" in contents("o")
-    assert [read(f"o/{name}")["exact"] for name in names] == [run["exact"] for run in runs]
+    whole = contents(f"o/{names[0]}")
+    assert [name for name in names if Path("o", name, "training.pt").exists()] == names[1:2]
+    assert command(f"{COMPARE} o") == command(f"{COMPARE} o") == 0 and contents(f"o/{names[0]}") == whole
+    runs, found = {name: read(f"o/{name}") for name in names}, read("o", "compare")["arms"]
+    assert set(contents("o")) == {"compare.json"} and [*found] == ARMS
+    assert {path.name for path in Path("o").iterdir() if path.is_dir()} == {*names}
+    for arm, passes in zip(ARMS, (6, 6, 36), strict=True):
+        for seed, record in enumerate(found[arm]):
+            run = runs[f"{arm}-{seed}"]
+            assert record.items() <= run.items() and record["passes"] == passes
+            assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
+    arm = ARMS[1].replace("+", " --")
+    assert command(f"{BRIEF} --examples 80 --scheme {arm} --out a") == 0
+    assert same(weights("a"), weights(f"o/{names[1]}")), "as if it had not been interrupted"
 
 
 # --- Puzzles of your own: text and CSV files ----------------------------------------------------------------
 SUDOKU = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+SOLVED = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
 ROWS = [SUDOKU[i : i + 9] for i in range(0, 81, 9)]
-BOARDS = {  # {task: (a text, its two boards)}
-    "maze": ("#####\n#S.G#\n#####\n\nS #\n# #\n  G\n", ["#####\n#S G#\n#####", "S #\n# #\n  G"]),
-    "sudoku": ("\n".join([SUDOKU, "5 3 0 | 0 7 0 | 0 0 0", "---+--", *ROWS[1:]]), ["\n".join(ROWS)] * 2),
-    "nqueens": ("Q......." + "." * 56 + "\n\n" + "........\n" * 7 + ". . . . . Q . .",
-                ["Q......." + "\n........" * 7, "........\n" * 7 + ".....Q.."]),
-}  # fmt: skip
-
-
-def model_of(task):
-    torch.manual_seed(0)
-    model = lrpi.LoopedModel(lrpi.configure(task=task, width=8, ffn=8, n_sup=2, mixer="conv"))
-    lrpi.write(
-        Path("m.pt"), {"config": asdict(model.cfg), "model": model.state_dict(), "facts": {"longest": 99}}
-    )
-    return model
-
-
-@pytest.mark.parametrize("task", [*BOARDS])
-def test_solving_reads_cell_by_cell_and_prints_what_a_plain_rollout_answers(task, capsys, monkeypatch):
-    """From standard input with a byte-order mark, and from a file written by Windows."""
-    (text, expected), model, shown, letters = BOARDS[task], model_of(task), [], lrpi.TASKS[task].letters
-    data = ("\N{BYTE ORDER MARK}" + text).encode()
-    Path("p.txt").write_bytes(data.replace(b"\n", b"\r\n"))
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-    for source in ("-", "p.txt --out o"):
-        line = f"--task {task} --checkpoint m.pt --think 1 --tries 1 --steps-shown --solve {source}"
-        assert command(line) == 1, "an untrained model"
-        parts = [part.split("\n") for part in capsys.readouterr().out.strip("\n").split("\n\n")]
-        parts = [
-            rows[1:] for rows in parts if rows[0] == "puzzle" or rows[0].startswith("step 1: not solved")
-        ]
-        shown.append(["\n".join(row.rstrip() for row in rows) for rows in parts])
-    assert shown[0] == shown[1] and shown[0][::2] == expected and len(contents("o")) == 2
-    for asked, said in zip(expected, shown[0][1::2], strict=True):
-        if asked[:5] == "#####":
-            asked, said = "S G", said[7:10].replace("o", "?")  # the rim is not shown to models
-        rows = asked.split("\n")
-        x = torch.tensor([[letters.index(c) for c in row.ljust(len(rows[0]))] for row in rows])
-        answer, _ = lrpi.answer(lrpi.resized(model, x.shape), x.view(1, -1), range(1, 2))
-        answer = ["".join(letters[t] for t in row).rstrip() for row in answer.view(x.shape)]
-        if asked == "S G":  # there, start and goal where they cannot be count as marks
-            answer[0] = answer[0][0] + re.sub("[SGo]", "?", answer[0][1]) + answer[0][2:]
-        assert "\n".join(answer) == said
-
-
 SQUARE = [" ".join(row) for row in ROWS]
 BANDS = [*SQUARE[:3], "------+-------+------", "", *SQUARE[3:6], "╠═══╪═══╣", *SQUARE[6:]]
-FORMATS = {  # each holds the same puzzle, or two mazes
+QUEENS = "Q......." + "." * 56
+FORMATS = {  # each holds the same puzzle
     "sudoku": [f"17f3 {SUDOKU} 2.1", f"id,puzzle,solution\n1,{SUDOKU.replace('.', '0')},{'1' * 81}",
                f"Grid 01\n{chr(10).join(ROWS)}", "# of today\n====\n[Puzzle]\n" + "\n".join(BANDS),
                "\n".join(f"[{', '.join(row)}]," for row in ROWS), "\n".join(f"| {row} |" for row in ROWS),
                *(SUDOKU.replace(".", blank) for blank in "0_*x?-")],
     "maze": ["S #\n# #\n  G", "s.#\n#.#\n..g", "A0X\n101\n00B", "P %\n% %\n  F",
              "  #####\n  #S ##\n  ## ##\n  #  E#\n  #####"],
-    "nqueens": [BOARDS["nqueens"][0].split("\n")[0], "1" + "0" * 63],
+    "nqueens": [QUEENS, "1" + "0" * 63, "Q . . . . . . .\n" + "........\n" * 7],
 }  # fmt: skip
+TWO = {  # a text with two puzzles; the answers, in one line, and how many cells they find
+    "sudoku": ("\n".join([SUDOKU, "5 3 0 | 0 7 0 | 0 0 0", "---+--", *ROWS[1:]]), [(SOLVED, 51)] * 2),
+    "maze": ("#####\n#S.G#\n#####\n\n###G#\n#   #\n# ###\n#S###\n#####\n",
+             [("######SoG######", 1), ("###G##ooo##o####S########", 4)]),
+    "nqueens": (QUEENS + "\n........" * 7 + "\n. . . . . Q . .\n",
+                [("Q...........Q..........Q.....Q....Q...........Q..Q.........Q....", 7),
+                 ("..Q.....Q.............Q.....Q..........Q.Q.........Q.........Q..", 7)]),
+}  # fmt: skip
+
+
+def model_of(task):
+    torch.manual_seed(0)
+    cfg = lrpi.configure(task=task, width=8, ffn=8, n_sup=2, mixer="conv")
+    model, facts = lrpi.LoopedModel(cfg).state_dict(), {"longest": 0}
+    lrpi.write(Path("m.pt"), {"config": asdict(cfg), "model": model, "facts": facts})
+
+
+@pytest.mark.parametrize("task", [*TWO])
+def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
+    """From standard input with a byte-order mark, and a file written by Windows. The second step is right."""
+
+    def rollout(model, x, steps=None, stop=None):
+        y = lrpi.TASKS[task].solve(x.view(-1, *model.cfg.shape)).y.flatten(1)
+        before, after = (50.0 * F.one_hot(cells.long(), model.cfg.vocab) for cells in (x, y))
+        for u, c in ((0 * before, before), (before, after)):
+            yield lrpi.Step(torch.arange(len(x)), u, c, None)
+
+    model_of(task)
+    text, answers = TWO[task]
+    data = ("\N{BYTE ORDER MARK}" + text).encode()
+    Path("p.txt").write_bytes(data.replace(b"\n", b"\r\n"))
+    line = f"--task {task} --checkpoint m.pt --answers a.txt --solve"
+    assert command(f"{line} p.txt") == 1 and "0 of 2 solved" in capsys.readouterr().out, "an untrained model"
+    assert Path("a.txt").read_text() == "\n\n"
+    monkeypatch.setattr(lrpi, "rollout", rollout)
+    for source in ("- --steps-shown", "p.txt --steps-shown --out o"):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+        assert command(f"{line} {source}") == 0
+        blocks = [block.split("\n") for block in capsys.readouterr().out.strip("\n").split("\n\n")]
+        captions = ["puzzle", "step 1: not solved", "step 2: solved", "solved (checked)"]
+        assert [block[0].split(",")[0] for block in blocks] == 2 * captions
+        for block, (answer, cells) in zip(blocks[3::4], answers, strict=True):
+            assert block[0].endswith(f", try 1; {cells} cells to find, at most 0 in training")
+            assert "".join(block[1:]).startswith(answer)
+        assert Path("a.txt").read_text().split("\n") == [*(answer for answer, _ in answers), ""]
+    assert len(contents("o")) == 2
+    Path("p.txt").write_text("." * 81)
+    assert task != "sudoku" or command(f"{line} p.txt") == 0 and "several" in capsys.readouterr().out
 
 
 def test_formats_and_rims():
     """Start and goal in the rim move inside and come back; what is marked then is solved as it was drawn."""
     for task, texts in FORMATS.items():
-        of, cfg = (
-            lrpi.TASKS[task],
-            lrpi.configure(task=task, size={"sudoku": 9}.get(task, 8 + (task == "maze")), mixer="conv"),
-        )
-        found = [
-            [lrpi.read_board(rows, n, of, cfg)[2] for n, rows in lrpi.boards(text, of, cfg.size)]
-            for text in texts
-        ]
-        assert [len(boards) for boards in found] == [1] * len(texts)
-        assert all(torch.equal(boards[0], found[0][0]) for boards in found), task
+        of, cfg = lrpi.TASKS[task], lrpi.configure(task=task, mixer="conv")
+        found = [lrpi.boards(text, of, cfg.size) for text in texts]
+        asked = [lrpi.read_board(rows, line, of, cfg)[2] for [(line, rows)] in found]
+        assert all(torch.equal(x, asked[0]) for x in asked), task
     of, cfg = lrpi.TASKS["maze"], lrpi.configure()
     for text in ("#S###\n#  ##\n## ##\n#   G\n#####", "#####\n#   S\n# #G#\n#####", "#####\n#S G#\n#####"):
-        (line, rows), *_ = lrpi.boards(text, of, 11)
+        [(line, rows)] = lrpi.boards(text, of, 11)
         x, y, inner = lrpi.read_board(rows, line, of, cfg)
-        answer = lrpi.TASKS["maze"].solve(inner[None]).y.view_as(inner)
         assert inner.shape == (len(rows) - 2, len(rows[0]) - 2) and (inner == START).sum() == 1
-        assert torch.equal(lrpi.outside(x, answer), y) and lrpi.maze_solved(x[None], y[None])
+        assert torch.equal(lrpi.outside(x, of.solve(inner[None]).y.view_as(inner)), y)
+        assert lrpi.maze_solved(x[None], y[None])
 
 
 @pytest.mark.parametrize("task, size", [("maze", 7), ("sudoku", 6), ("sudoku", 9), ("nqueens", 6)])
@@ -990,54 +905,24 @@ def test_views_come_back_and_checkers_judge_them_alike(task, size):
     assert torch.equal(of.solved(x, near), of.solved(seen[0], seen[2])) and of.solved(seen[0], seen[1]).all()
     assert not of.solved(x, near).all() and len({*map(tuple, cell.tolist())}) >= 8
     if task == "sudoku":
-        assert (
-            torch.equal(lrpi.sudoku_kind(y), lrpi.sudoku_kind(seen[1]))
-            and len(lrpi.sudoku_kind(y).unique()) > 2
-        )
-
-
-def test_shortest_ways_in_mazes_with_loops_and_obstacles():
-    rng, solved = random.Random(0), 0
-    for size, share in itertools.product((5, 9), (0.1, 0.3, 0.5) * 10):
-        maze = [WALL if rng.random() < share else OPEN for _ in range(size**2)]
-        for token, cell in zip((START, GOAL), rng.sample(range(size**2), 2), strict=True):
-            maze[cell] = token
-        puzzle = lrpi.TASKS["maze"].solve(torch.tensor([maze], dtype=torch.uint8))
-        label = puzzle.y[0].tolist()
-        if maze.index(GOAL) in search_all(maze, size):
-            path, *_ = search(maze, size)
-            assert solved_by_hand(maze, label, size) and label.count(PATH) == len(path)
-            assert torch.equal(stage(puzzle, puzzle.order.max()), puzzle.y)
-            solved += 1
-        else:
-            assert PATH not in label
-    assert 20 < solved < 60
-
-
-def search_all(maze, side):
-    """All cells that can be reached from the start."""
-    reached, queue = {maze.index(START)}, [maze.index(START)]
-    while queue:
-        new = {n for n in neighbours_of(queue.pop(), side) if maze[n] != WALL} - reached
-        reached, queue = reached | new, queue + [*new]
-    return reached
+        kinds = lrpi.sudoku_kind(y)
+        assert torch.equal(kinds, lrpi.sudoku_kind(seen[1])) and len(kinds.unique()) > 2
 
 
 def test_tries_take_an_accepted_answer_and_call_no_wrong_one_solved(monkeypatch):
     """A model that is right in its third try, and then only about every second maze; others stay unsolved."""
-    puzzles, calls, sizes = lrpi.make_mazes(20, 5), itertools.count(1), []
+    puzzles, sizes = lrpi.make_mazes(20, 5), []
 
     def answer(model, x, steps, stop=None):
         sizes.append(len(x))
         right = lrpi.solve_mazes(x).y
-        good = (right == PATH).sum(1) % 4 == 1
-        return torch.where(good[:, None] & (next(calls) == 3), right, x), torch.full((len(x),), 2)
+        able = (len(sizes) == 3) & ((right == PATH).sum(1) % 4 == 1)
+        return torch.where(able[:, None], right, x), torch.full((len(x),), 2)
 
     monkeypatch.setattr(lrpi, "answer", answer)
-    model, x = lrpi.LoopedModel(tiny()), lrpi.grid(puzzles.x)
-    said, accepted, passes = lrpi.attempts(model, x, [1, 2], 5)
+    said, accepted, passes = lrpi.attempts(lrpi.LoopedModel(tiny()), lrpi.grid(puzzles.x), [1, 2], 5)
     good = (puzzles.y == PATH).sum(1) % 4 == 1
-    assert accepted.tolist() == (3 * good).tolist() and torch.equal(lrpi.maze_solved(x, said), good)
+    assert accepted.tolist() == (3 * good).tolist() and torch.equal(lrpi.maze_solved(puzzles.x, said), good)
     left = 20 - good.sum().item()
     assert sizes == [20, 20, 20, left, left] and passes == [6 * n for n in sizes] and 0 < left < 20
 
@@ -1059,22 +944,21 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch)
     write_csv("test", task, test)
     cfg = lrpi.configure(task=task, data=".")
     valid, again = (lrpi.make_puzzles(cfg, 10**6, split) for split in ("valid", "test"))
-    rows = {*map(tuple, test.x.tolist())}
-    assert rows == {*map(tuple, again.x.tolist())} and of.solved(again.x, again.y).all() and len(again) == 40
     with monkeypatch.context() as patch:
         patch.setattr(lrpi, "look", lambda cells, *view: cells)
         data = lrpi.make_puzzles(cfg, 10**3, "train")
-    parts = [{*map(tuple, puzzles.x.tolist())} for puzzles in (data, valid, train)]
-    assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and parts[1]
+    parts = [{*map(tuple, puzzles.x.tolist())} for puzzles in (data, valid, train, test, again)]
+    assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and parts[1] and parts[3] == parts[4]
     some = torch.cat([lrpi.make_puzzles(cfg, 10, "test", k).x for k in range(200)])
     drawn, copies = (Counter(tuple(row) for row in x.tolist()) for x in (some, test.x))
     assert all(abs(drawn[row] - 50 * n) < 31 * n for row, n in copies.items())
     view = lrpi.make_puzzles(cfg, 500, "train")
-    assert len(view) == 500 and of.solved(view.x, view.y).all()
-    assert len({*map(tuple, view.x.tolist())} - parts[0]) > 30
+    assert len(view) == 500 and len({*map(tuple, view.x.tolist())} - parts[0]) > 30
+    assert all(of.solved(puzzles.x, puzzles.y).all() for puzzles in (view, again))
     assert task == "nqueens" or same([*view], [*of.solve(view.x, view.y)])
-    assert command(f"--task {task} --data . {SMALL} --examples 20 --width 16 --ffn 32 --n-sup 2 --out o") == 0
-    assert command(f"--eval o/model.pt --data . {SMALL}") == 0
+    given = f"--data . {SMALL}"
+    assert command(f"--task {task} {given} --examples 20 --width 16 --ffn 32 --n-sup 2 --out o") == 0
+    assert command(f"--eval o/model.pt {given}") == 0
     assert read("o/eval")["exact"] == read("o")["exact"]
 
 
@@ -1113,6 +997,7 @@ def refused(capsys, line, *words):
 
 
 def test_bad_options(capsys, monkeypatch):
+    """They are refused before anything is written."""
     Path("p.txt").touch()
     for line in re.split("; |\n", BAD):
         refused(capsys, line, *shlex.split(line)[-2:])
@@ -1123,11 +1008,12 @@ def test_bad_options(capsys, monkeypatch):
             refused(capsys, f"--{a}=x --{b}{value}", f"--{b}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(capsys, QUICK, "matplotlib", "--no-figures")
-    assert [path.name for path in Path().rglob("*.*")] == ["p.txt"], "refused before anything was written"
+    assert [path.name for path in Path().rglob("*.*")] == ["p.txt"]
+    assert lrpi.parse(["--size= 7", "--lr= 7", "--seed=٧"]) == dict(size=7, lr=7, seed=7)
 
 
 def test_bad_puzzles_and_csv_files(capsys):
-    """A bad puzzle is located and the others are solved."""
+    """A bad puzzle is located and the others are tried."""
     far, tail = 1_000_000, ".....Q..\n......Q."
     for task, bad in {
         "maze": {"S #\n# x\n#G ": "line 2, character 3: 'x'", "S G\n# #S": "no solution", "S G\n#S#": "",
@@ -1138,7 +1024,7 @@ def test_bad_puzzles_and_csv_files(capsys):
     }.items():  # fmt: skip
         model_of(task)
         for text, words in bad.items():
-            Path("p.txt").write_text(f"{text}\n\n{BOARDS[task][1][0]}\n")
+            Path("p.txt").write_text(f"{text}\n\n{TWO[task][0]}\n")
             assert command(f"--task {task} --solve p.txt --checkpoint m.pt") == 2
             out, err = capsys.readouterr()
             assert err.startswith("lrpi: p.txt, line ") and words in err and "not solved" in out
@@ -1158,41 +1044,41 @@ def test_bad_puzzles_and_csv_files(capsys):
 
 
 def spoilt(content, rng):
-    """A copy in which one entry, somewhere, is missing or of another type, shape or value."""
-    if isinstance(content, dict | list) and content and rng.random() < 0.9:
-        content = content.copy()
-        key = rng.choice([*content] if isinstance(content, dict) else range(len(content)))
-        old = content.pop(key)
-        if rng.random() < 0.9:
-            new = spoilt(old, rng)
-            content = content | {key: new} if isinstance(content, dict) else [*content, new]
-        return content
-    others = ["x", None, [content], 10**9, math.nan, {}]
-    return rng.choice(others + ([content * math.nan, content[None]] if torch.is_tensor(content) else []))
+    """A copy in which one entry, somewhere, is missing or something else."""
+    if not (isinstance(content, dict) and content) or rng.random() < 0.1:
+        return rng.choice(["x", None, [content], {}, 10**9, math.nan])
+    content, key = content.copy(), rng.choice([*content])
+    new = spoilt(content.pop(key), rng)
+    return content if rng.random() < 0.1 else content | {key: new}
 
 
-def test_damaged_files_of_its_own(compared, capsys):
+def packed(content, path):
+    if path.suffix == ".json":
+        return json.dumps(content).encode()
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def test_damaged_files_of_its_own(capsys):
     """model.pt, training.pt and a run of --compare: refused, or where the damage is of no account, used."""
-
-    def save(content, path):
-        if path.suffix == ".pt" and not isinstance(content, bytes):
-            torch.save(content, path)
-        else:
-            path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-
     with ctrl_c(5):
         assert command(f"{BRIEF} --examples 60 --out o") == 130
-    run, rng = compared / f"{ARMS[0]}-1" / "metrics.json", random.Random(0)
+    assert command(f"{COMPARE} c") == 0
+    run, rng = Path(f"c/{ARMS[0]}-1/metrics.json"), random.Random(0)
     for path, line in {
         Path("o/model.pt"): "--eval o/model.pt --no-figures --test-size 6",
         Path("o/training.pt"): f"{BRIEF} --examples 60 --resume --out o",
-        run: f"{COMPARE} {compared}",
+        run: f"{COMPARE} c",
     }.items():
         before, whole = contents(path.parent), path.read_bytes()
         content = read(run.parent) if path == run else torch.load(path)
-        cut = [whole[: len(whole) * k // 4] for k in range(4)] + [whole[:-1], b"\xff\xfe", b"[" * 10**5]
-        for damage in [7, [1], {}, "x", None, *cut, *(spoilt(content, rng) for _ in range(40))]:
-            save(damage, path)
+        others = [7, [1], {}, "x", None, *(spoilt(content, rng) for _ in range(40))]
+        if "config" in content and path != run:
+            sizes = ({"n_sup": 10**9}, {"width": 10**5}, {"layers": 100}, {"untied": True})
+            others += [content | {"config": content["config"] | size} for size in sizes]
+        cut = [*(whole[: len(whole) * k // 4] for k in range(4)), whole[:-1], b"\xff\xfe", b"[" * 10**5]
+        for damage in [*cut, *(packed(other, path) for other in others)]:
+            path.write_bytes(damage)
             damaged, _ = contents(path.parent), capsys.readouterr()
             code, said = command(line), capsys.readouterr().err
             if code:
@@ -1200,17 +1086,10 @@ def test_damaged_files_of_its_own(compared, capsys):
                 assert path.name in said and contents(path.parent) == damaged
         for name, data in before.items():
             (path.parent / name).write_bytes(data)
-    content = torch.load("o/model.pt")
-    for key, value in {"n_sup": 10**9, "width": 10**5, "layers": 100, "untied": True}.items():
-        save(content | {"config": content["config"] | {key: value}}, Path("m.pt"))
-        refused(capsys, "--eval m.pt", "m.pt")
-    for change in (lambda w: w * math.nan, lambda w: w.long(), lambda w: w[None]):
-        save(content | {"model": {name: change(w) for name, w in content["model"].items()}}, Path("m.pt"))
-        refused(capsys, "--eval m.pt", "m.pt")
     for given in ("--width 11", "--scheme trm", "--halt head", "--task sudoku", "--size 12"):
         refused(capsys, f"--eval o/model.pt --no-figures {given}", given.split()[0])
     refused(capsys, f"{BRIEF} --examples 60 --resume --out o --seed 3", "--seed", "3")
-    refused(capsys, f"{COMPARE} {compared} --noise 0.1", "-0/metrics.json", "--noise")
+    refused(capsys, f"{COMPARE} c --noise 0.1", "-0/metrics.json", "--noise")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -1226,14 +1105,13 @@ def test_full_disks_closed_streams_and_lost_losses(capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda self, data: write(Path("/dev/full"), data))
         refused(capsys, line, "o/model.pt", "No space left")
-    assert contents("o") == before and model_of("maze")
+    assert contents("o") == before
+    model_of("maze")
     solve = f"{PROGRAM} --solve - --checkpoint m.pt --think 1"
-    for line, code, err in (
-        *((f"{solve} <&-", 2, "lrpi: "), (f"echo 'S G' | {solve} >&-", 1, "")),
-        (f"(yes 'S G' | head -n 99; echo) | {solve} 2>&1 | head -n 1", 0, ""),
-    ):
+    closed, many = f"echo 'S G' | {solve} >&-", f"(yes 'S G' | head -n 99; echo) | {solve} 2>&1 | head -n 1"
+    for line, code, said in ((f"{solve} <&-", 2, "lrpi: "), (closed, 1, ""), (many, 0, "")):
         done = process(line)
-        assert (done.returncode, done.stderr[:6], done.stderr.count("\n")) == (code, err, bool(err)), done
+        assert (done.returncode, done.stderr[:6], done.stderr.count("\n")) == (code, said, bool(said)), done
         assert "Traceback" not in done.stdout
 
 
@@ -1297,32 +1175,32 @@ def copied(*numbers):
     return SimpleNamespace(**names)
 
 
-def test_sections_can_be_copied():
-    """Each alone, and §1 to §4 together, where the loss of 200 updates falls by a third at least."""
+def test_sections_can_be_copied_and_the_copy_learns():
+    """Each alone, and §1 to §4 together: five seconds of training after which it solves most 5 x 5 mazes."""
     model = copied(1).LoopedModel(vocab=3, shape=(4, 4), width=16, ffn=16)
     y, z = model(torch.zeros(2, 16), *model.start(2), torch.ones(2))
     assert model.readout(y).shape == (2, 16, 3) and z.shape == (2, 16, 16) and model.forward_passes == 3
     u, c, label = two_logits()
     assert copied(2).best_guidance(u, c, label) == lrpi.best_guidance(u, c, label)
-    puzzles, s, noise = tuple(lrpi.make_mazes(100, 5)), torch.arange(100) % 6 + 1, torch.rand(100, 2, 25)
+    puzzles, cfg = lrpi.make_mazes(2400, 5), SimpleNamespace(n_sup=6, power=0.3, pace=2, vocab=6)
+    given = tuple(puzzles), torch.arange(2400) % 6 + 1, torch.rand(2400, 2, 25), cfg
     for name, phi in copied(3).TARGETS.items():
-        cfg = SimpleNamespace(n_sup=6, power=0.3, pace=2, vocab=6)
-        assert torch.equal(phi(puzzles, s, noise, cfg), lrpi.TARGETS[name](puzzles, s, noise, cfg))
+        assert torch.equal(phi(*given), lrpi.TARGETS[name](*given))
     method, seen = copied(1, 2, 3, 4), []
-    given = {"examples": 400, "target": "reveal", "hinge": 1.0, "linger": 0.0}
-    cfg = method.TrainConfig(shape=(5, 5), width=32, ffn=32, **given)
+    cfg = method.TrainConfig(shape=(5, 5), width=32, examples=2400, hinge=0.1, linger=0.0)
     model = method.LoopedModel(cfg)
-    method.train(model, TensorDataset(*puzzles[:2]), cfg, lambda run, loss: seen.append(loss))
+    method.train(model, puzzles, cfg, lambda run, loss: seen.append(loss))
     losses = [loss for loss in seen if loss is not None]
-    assert len(seen) == 200 and sum(losses[-20:]) < 0.67 * sum(losses[:20])
+    assert len(seen) == 1200 and 190 <= len(losses) <= 200 and sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    found = lrpi.evaluate(model, lrpi.make_mazes(300, 5, "test"), lrpi.maze_solved)
+    assert found["exact"][-1] > max(0.7, found["exact"][0])
     maze, boards = copied(5), copied(7)
     puzzles = maze.make_mazes(20, 7, "valid")
     assert maze.maze_solved(puzzles.x, maze.solve_mazes(puzzles.x).y).all() and len(puzzles) == 20
     y = boards.other_solutions(empty := torch.zeros(10, 36, dtype=torch.uint8), empty, generator())
     x = boards.minimal(y, generator())
     assert boards.sudoku_solved(x, y).all() and (boards.other_solutions(x, y) == y).all() and (x == 0).any()
-    y = boards.placements(6)
-    x = boards.queens_boards(10, 6, generator())
+    y, x = boards.placements(6), boards.queens_boards(10, 6, generator())
     assert all(boards.queens_solved(row.expand_as(y), y).any() for row in x) and (x.sum(1) < 6).all()
 
 
