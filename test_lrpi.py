@@ -91,7 +91,7 @@ def solved_by_hand(maze, answer, side):
 def maze_of(kind, side, rng):
     """A perfect maze by depth-first search, Prim's or Kruskal's algorithm, or random obstacles."""
     k = side // 2 + 1
-    cells = [2 * (room // k) * side + 2 * (room % k) for room in range(k * k)]
+    cells = [2 * (room // k) * side + 2 * (room % k) for room in range(k * k)]  # of the rooms
     edges = [(a, b) for a in range(k * k) for b in neighbours_of(a, k)]
     rng.shuffle(edges)
     tree, part = [], [*range(k * k)]
@@ -102,12 +102,12 @@ def maze_of(kind, side, rng):
             tree.append((a, b))
             part = [part[a] if of == part[b] else of for of in part]
             front += [] if kind == "kruskal" else [edge for edge in edges if edge[0] == b]
-    spaces = {*cells, *((cells[a] + cells[b]) // 2 for a, b in tree)}
+    spaces, ends = {*cells, *((cells[a] + cells[b]) // 2 for a, b in tree)}, rng.sample(cells, 2)
     if kind == "obstacles":
-        cells = [*range(side**2)]
-        spaces = {cell for cell in cells if rng.random() < 0.6}
-    ends = dict(zip(rng.sample(cells, 2), (START, GOAL), strict=True))
-    return [ends.get(cell, OPEN if cell in spaces else WALL) for cell in range(side**2)]
+        spaces = {cell for cell in range(side**2) if rng.random() < 0.6}
+    maze = [OPEN if cell in spaces else WALL for cell in range(side**2)]
+    maze[ends[0]], maze[ends[1]] = START, GOAL
+    return maze
 
 
 @pytest.mark.parametrize("kind, side, count", [
@@ -116,10 +116,10 @@ def maze_of(kind, side, rng):
 ])  # fmt: skip
 def test_mazes_are_read_labels_are_shortest_paths_and_rounds_fill_dead_ends(kind, side, count):
     """Ours and other perfect mazes, and obstacles with loops between them, as text with a rim."""
-    rng, task, made = random.Random(side), lrpi.TASKS["maze"], lrpi.make_mazes(count, side, seed=3)
-    mazes = made.x.tolist() if kind == "uniform" else [maze_of(kind, side, rng) for _ in range(count)]
-    puzzles, solvable = task.solve(torch.tensor(mazes, dtype=torch.uint8)), 0
-    assert kind != "uniform" or same([*puzzles], [*made])
+    rng, task, cfg, solvable = random.Random(side), lrpi.TASKS["maze"], lrpi.configure(), 0
+    puzzles = lrpi.make_mazes(count, side, seed=3)
+    if kind != "uniform":
+        puzzles = task.solve(torch.tensor([maze_of(kind, side, rng) for _ in range(count)]).byte())
     stages = [stage(puzzles, r).tolist() for r in range(puzzles.order.max() + 1)]
     for i, (maze, label) in enumerate(rows_of(puzzles.x, puzzles.y)):
         (path, reached), letters = search(maze, side), [task.letters[token] for token in maze]
@@ -127,12 +127,10 @@ def test_mazes_are_read_labels_are_shortest_paths_and_rounds_fill_dead_ends(kind
         [(line, rows)] = lrpi.boards("\n".join(["#" * (side + 2), *rows, "#" * (side + 2)]), task, 11)
         if maze.index(GOAL) not in reached:
             with pytest.raises(lrpi.UserError, match="line 1: no solution"):
-                lrpi.read_board(rows, line, task, lrpi.configure())
+                lrpi.read_board(rows, line, task, cfg)
             continue
-        drawn, whole, x = lrpi.read_board(rows, line, task, lrpi.configure())
-        assert (
-            torch.equal(lrpi.outside(drawn, puzzles.y[i].view_as(x)), whole) and x.flatten().tolist() == maze
-        )
+        drawn, whole, x = lrpi.read_board(rows, line, task, cfg)
+        assert x.flatten().tolist() == maze and whole[1:-1, 1:-1].flatten().tolist() == label
         assert task.solved(drawn[None], whole[None]) and task.solved(drawn[None], drawn[None]) == (not path)
         assert solved_by_hand(maze, label, side) and label.count(PATH) == len(path)
         spaces = {cell for cell, token in enumerate(maze) if token != WALL}
@@ -272,10 +270,6 @@ def model_and_state(cfg, B=3):
     return model, torch.randint(0, 4, (B, L), dtype=torch.uint8), y, z, torch.ones(B, dtype=torch.long)
 
 
-def rms(v):
-    return v / (v.square().mean() + 1e-5).sqrt()
-
-
 def swiglu(W, name, v):
     gate, up = (W[f"{name}.gate_up.weight"] @ v).chunk(2)
     return W[f"{name}.down.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
@@ -309,15 +303,18 @@ def plain_step(model, x, y, z, s):
     cfg, W = model.cfg, {name: w.double() for name, w in model.named_parameters()}
     passes = itertools.count()
 
+    def norm(v):
+        return v / (v.square().mean() + 1e-5).sqrt()
+
     def net(h):
         k = next(passes) * cfg.untied
         for name in [f"nets.{k}.{layer}" for layer in range(cfg.layers)]:
             if cfg.mixer == "mlp":  # along the cells, channel by channel; so is its norm
-                h = torch.stack([rms(v + swiglu(W, f"{name}.mix", v)) for v in h.T]).T
+                h = torch.stack([norm(v + swiglu(W, f"{name}.mix", v)) for v in h.T]).T
             else:
                 mix = {"attention": plain_attention, "conv": plain_conv}[cfg.mixer](W, f"{name}.mix", h, cfg)
-                h = torch.stack([rms(cell + other) for cell, other in zip(h, mix, strict=True)])
-            h = torch.stack([rms(cell + swiglu(W, f"{name}.swiglu", cell)) for cell in h])
+                h = torch.stack([norm(cell + other) for cell, other in zip(h, mix, strict=True)])
+            h = torch.stack([norm(cell + swiglu(W, f"{name}.swiglu", cell)) for cell in h])
         return h
 
     y, z = y.double(), z.double()
@@ -384,6 +381,7 @@ def two_logits(seed=0, shape=(4, 5), V=7, scale=3.0):
 def test_derivatives_against_autograd_and_differences():
     """Prop. 4.1, 3,000 cases: margin = -dL/dw, and d²L/dw²; autograd 1e-10, central differences 1e-5."""
     u, c, y = two_logits(3, (3000,), 6, 4.0)
+    y[::9] = -100  # labels that are ignored
     w = (4 * torch.rand(3000, dtype=torch.float64, generator=generator(1)) - 1).requires_grad_()
 
     def loss(w):
@@ -403,19 +401,18 @@ def test_derivatives_against_autograd_and_differences():
 def test_policies_against_distributions_and_with_shifted_and_large_logits():
     """torch's distributions, 1e-12. A shift changes nothing, 1e-9. Logits of +-1e4 in float32, 2%."""
     u, c, y = two_logits()
+    large = [(5e3 * logits).clamp(-1e4, 1e4) for logits in (u, c)]
     pi_u, pi_c = (torch.distributions.Categorical(logits=logits) for logits in (u, c))
     taken = lrpi.advantage(u, c).gather(-1, y[..., None]).squeeze(-1)
-    pairs = [(lrpi.divergence(u, c), torch.distributions.kl_divergence(pi_c, pi_u))]
-    pairs += [(lrpi.largest_change(u, c), (pi_u.probs - pi_c.probs).abs().amax(-1))]
-    pairs += [(taken, pi_c.log_prob(y) - pi_u.log_prob(y))]
+    pairs = [(lrpi.divergence(u, c), torch.distributions.kl_divergence(pi_c, pi_u)),
+             (lrpi.largest_change(u, c), (pi_u.probs - pi_c.probs).abs().amax(-1)),
+             (taken, pi_c.log_prob(y) - pi_u.log_prob(y))]  # fmt: skip
     for w in (-0.5, 0.0, 0.3, 1.0, 2.0):
         mixture = pi_u.probs ** (1 - w) * pi_c.probs**w  # geometric
         pairs += [(lrpi.guide(u, c, w).softmax(-1), mixture / mixture.sum(-1, keepdim=True))]
     assert all(torch.allclose(got, expected, atol=1e-12) for got, expected in pairs)
-    functions = [lrpi.divergence, lrpi.largest_change, lrpi.advantage]
-    functions += [lambda u, c, w=w: torch.stack(lrpi.derivatives(u, c, y, w)) for w in (-0.5, 0.0, 1.0, 3.0)]
-    large = [(5e3 * logits).clamp(-1e4, 1e4) for logits in (u, c)]
-    for f in functions:
+    derivatives = [lambda u, c, w=w: torch.stack(lrpi.derivatives(u, c, y, w)) for w in (-0.5, 1.0, 3.0)]
+    for f in (lrpi.divergence, lrpi.largest_change, lrpi.advantage, *derivatives):
         assert torch.allclose(f(u + 7.0, c - 13.0 * torch.rand(4, 5, 1)), f(u, c), atol=1e-9)
         rounded = f(*(logits.float() for logits in large)).double()
         assert torch.allclose(rounded, f(*large), rtol=0.02, atol=0.01)
@@ -423,10 +420,9 @@ def test_policies_against_distributions_and_with_shifted_and_large_logits():
 
 def test_best_guidance_against_a_grid_search_a_formula_and_in_degenerate_cases():
     """Neither a grid nor the neighbours on both sides have a lower loss than w*."""
-    leans = {1.0: 0.5, 3.0: 1.5, 8.0: 3.0, 0.05: 0.02, 100.0: 60.0}.items()
-    for seed, (scale, lean) in itertools.product(range(20), leans):
+    for seed, scale in itertools.product(range(20), (0.05, 1, 3, 8, 100)):
         u, c, y = two_logits(seed, (40,), 5, scale)
-        c.scatter_add_(1, y[:, None], torch.full((40, 1), lean, dtype=torch.float64))
+        c[torch.arange(40), y] += scale / 2
         w = lrpi.best_guidance(u, c, y)
         grid = [w, w - 1e-3, w + 1e-3, *(k / 10 for k in range(-40, 80))]
         best, *others = [F.cross_entropy(u + v * (c - u), y, reduction="sum").item() for v in grid]
@@ -436,23 +432,15 @@ def test_best_guidance_against_a_grid_search_a_formula_and_in_degenerate_cases()
         w, expected = lrpi.best_guidance(a, b, torch.arange(8) // 6), (k - math.log(3)) / d  # pi_w(0) = 6 / 8
         assert abs(w - expected) < 1e-6 * max(1.0, abs(expected))
     u, y, nan = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), torch.tensor([0, 1]), math.nan
-    towards = u + F.one_hot(y, 3)
-    away, half = 2 * u - towards, torch.tensor([0, -100])  # negative labels are ignored
-    harmed, dead_but_one = torch.cat([towards[:1], away[1:]]), torch.cat([u[:1], away[1:]])
+    towards, away = u + F.one_hot(y, 3), u - F.one_hot(y, 3)
     rounding = u + 1000 + 1e-4 * torch.rand(2, 3, generator=generator())
-    for a, b, label, expected in (
-        *((u, towards, y, math.inf), (u, away, y, -math.inf), (u, u, y, nan), (u, u + 5.0, y, nan)),
-        *((u + 1000, rounding, y, nan), (u, towards, half - 200, nan), (u[:0], u[:0], y[:0], nan)),
-        *((u, harmed, half, math.inf), (u, dead_but_one, y, -math.inf)),
-    ):
-        w = lrpi.best_guidance(a, b, label)
-        assert w == expected or (math.isnan(w) and math.isnan(expected))
-    u, c, y = two_logits()
-    some = torch.where(torch.arange(4)[:, None] % 2 == 0, -100, y)
-    for part, whole in zip(lrpi.derivatives(u, c, some, 0.3), lrpi.derivatives(u, c, y, 0.3), strict=True):
-        assert (part[::2] == 0).all() and torch.equal(part[1::2], whole[1::2])
-    assert abs(lrpi.best_guidance(u, c, some) - lrpi.best_guidance(u[1::2], c[1::2], y[1::2])) < 1e-12
-    for bad in ((u, c[..., :3], y), (u, c, y[:2]), (u, c, y.float()), (u, c * nan, y), (u, c, y + 7)):
+    for a, b, label, expected in [
+        (u, towards, y, math.inf), (u, away, y, -math.inf), (u, torch.cat([u[:1], away[1:]]), y, -math.inf),
+        (u, torch.cat([towards[:1], away[1:]]), torch.tensor([0, -1]), math.inf),  # the second is ignored
+        (u, u, y, nan), (u, u + 5.0, y, nan), (u + 1000, rounding, y, nan), (u, towards, y - 9, nan),
+    ]:  # fmt: skip
+        assert lrpi.best_guidance(a, b, label) == pytest.approx(expected, nan_ok=True)
+    for bad in ((u, u[..., :2], y), (u, u, y[:1]), (u, u, y.float()), (u, u * nan, y), (u, u, y + 3)):
         with pytest.raises(ValueError, match="no match|finite"):
             lrpi.best_guidance(*bad)
 
@@ -479,7 +467,7 @@ def test_targets_are_nested_come_closer_and_end_in_the_solution(target, task, si
 # --- Training -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("target, act", [("final", False), ("edits", False), ("reveal", True)])
 def test_training_is_a_pair_of_nested_loops(target, act, monkeypatch):
-    """And, with a halting rule that draws lots, a queue; by hand, all noise is 1. Averaged weights: atol 1e-6."""
+    """And, if halting draws lots, a queue. By hand; all noise is 1. Averaged weights: atol 1e-6."""
     given = {"examples": 24, "n_sup": 3, "batch_size": 4, "warmup": 2, "ema": 0.7, "noise": 0.3, "pace": 2}
     cfg = tiny(target=target, step_index=True, linger=0.0, act=act, **given)
     puzzles, phi, rng = lrpi.make_mazes(7, 5), lrpi.TARGETS[target], random.Random(0)
@@ -500,15 +488,14 @@ def test_training_is_a_pair_of_nested_loops(target, act, monkeypatch):
     data = puzzles if target == "edits" else TensorDataset(puzzles.x, puzzles.y)
     averaged = lrpi.train(trained, data, cfg, lambda run, loss: seen.append((run.seen.item(), run.share)))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    last = SimpleNamespace(puzzles=updates[0].puzzles, s=torch.tensor([3] * 4), u=-updates[0].u, lots=None)
+    last, state, mean = SimpleNamespace(s=torch.full((4,), 3), lots=False), model.start(4), None
     for step, now in enumerate(updates):
-        fresh = last.s == 3 if step == 0 else last.lots | (last.s == 3)
+        fresh = (last.s == 3) | last.lots
         assert share < 1 and torch.equal(now.s, torch.where(fresh, 1, last.s + 1))
-        for a, b in zip((*last.puzzles, last.u), (*now.puzzles, now.u), strict=True):
+        for a, b in zip((*last.puzzles, last.u), (*now.puzzles, now.u), strict=True) if step else ():
             assert torch.equal(a[~fresh], b[~fresh]), "the same puzzles and noise for a whole rollout"
-        assert not (last.u == now.u)[fresh].any(), "new noise for every rollout"
+        assert step == 0 or not (last.u == now.u)[fresh].any(), "new noise for every rollout"
         line += now.puzzles[0][fresh].tolist()
-        state = model.start(4) if step == 0 else state
         state = [torch.where(fresh[:, None, None], *of) for of in zip(model.start(4), state, strict=True)]
         y, z = model(now.puzzles[0], *(h + 0.3 for h in state), now.s)
         optimizer.zero_grad()
@@ -516,14 +503,14 @@ def test_training_is_a_pair_of_nested_loops(target, act, monkeypatch):
         cosine = 0.5 + 0.5 * math.cos(math.pi * share)
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / 3) * cosine
         optimizer.step()
-        new = [p.detach().clone() for p in model.parameters()]
-        mean = [0.7 * a + 0.3 * b for a, b in zip(mean, new, strict=True)] if step else new
+        new = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        mean = 0.7 * mean + 0.3 * new if step else new
         state, last = (y.detach(), z.detach()), now
         share = (len(line) - torch.where(now.lots, 0, 1 - now.s / 3).sum().item()) / 24
         assert seen[step] == (len(line), pytest.approx(share))
     assert share >= 1 and sorted(line[:7]) == sorted(puzzles.x.tolist()) and line[7:] == line[:-7]
     assert act or len(updates) == 18
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(averaged.parameters(), mean, strict=True))
+    assert torch.allclose(torch.nn.utils.parameters_to_vector(averaged.parameters()), mean, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", [{}, {"linear": True}, {"awr": 0.7}, {"hinge": 1.5},
@@ -632,8 +619,7 @@ def test_verdicts_on_steps_built_to_improve_do_nothing_or_harm_and_their_interva
     assert found["w_star"][0] == math.inf and all(math.isnan(w) for w in found["w_star"][1:4])
     assert found["cut"] == {"lost": 0, "won": 0}, "without the dead steps"
     values, rng = torch.randn(200, 3, generator=generator()).exp(), random.Random(0)
-    for N in (1, 5, 6):
-        assert all(math.isfinite(end) is (N > 5) for ends in lrpi.intervals(values[:N]) for end in ends)
+    assert lrpi.intervals(values[:5]) == [[-math.inf, math.inf]] * 3, "too few"
     for of, (low, high) in zip(values.T.tolist(), lrpi.intervals(values), strict=True):
         means = sorted(sum(rng.choices(of, k=200)) / 200 for _ in range(4000))  # 98.33% each, as by hand
         assert abs(low - means[33]) + abs(high - means[-34]) < 0.2 * (high - low)
@@ -641,16 +627,14 @@ def test_verdicts_on_steps_built_to_improve_do_nothing_or_harm_and_their_interva
 
 @pytest.mark.parametrize("rule", ["kl", "change", "head"])
 def test_halting_gives_the_answers_of_the_plain_rollout_at_the_halting_step(rule):
-    """Bit for bit, and puzzles that left cost nothing. Scores by hand; 1e-5."""
+    """Bit for bit, and puzzles that left cost nothing."""
     model, *_ = model_and_state(tiny(act=True, n_sup=6))
     puzzles, sizes = lrpi.make_mazes(80, 5, "test"), []
     plain = list(lrpi.rollout(model, puzzles.x, range(1, 10)))  # longer than in training
     assert all(torch.equal(a.logits_c, b.logits_u) for a, b in itertools.pairwise(plain)) and len(plain) == 9
     scores = torch.stack([lrpi.HALTS[rule](model, step) for step in plain], 1)  # [80, 9]
-    p, q = plain[4].logits_u.softmax(-1), plain[4].logits_c.softmax(-1)
     head = plain[4].y[:, 0] @ model.halting.weight[0] + model.halting.bias
-    by_hand = {"kl": (q * (q / p).log()).sum(-1).mean(1), "change": (q - p).abs().amax((1, 2)), "head": -head}
-    assert torch.allclose(scores[:, 4], by_hand[rule], atol=1e-5)
+    assert rule != "head" or torch.allclose(scores[:, 4], -head, atol=1e-5)
     threshold = scores.quantile(0.3).item()
     first = torch.tensor([[*(row <= threshold).nonzero()[:, 0].tolist(), 8][0] for row in scores])
     model.nets[0].register_forward_hook(lambda net, args, out: sizes.append(len(out)))
@@ -713,18 +697,16 @@ def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_l
     """A small run in an empty folder."""
     done, out = process(f"{PROGRAM} --task maze --seed 5 {QUICK}"), Path("runs/maze-dis")
     before, found = contents(out), read(out)
-    assert done.returncode == 0 and done.stderr == ""
-    images = [before[name] for name in {*before} - {"metrics.json", "model.pt"}]
-    assert {*before} == {"metrics.json", "model.pt", "diagnosis.png", "solution.png"}
-    assert all(data[:4] == b"\x89PNG" and len(data) > 10**4 for data in images)
+    assert (done.returncode, done.stderr, len(before)) == (0, "", 4)
+    for name in ("diagnosis.png", "solution.png"):
+        assert before[name].startswith(b"\x89PNG") and len(before[name]) > 10**4
     expected = {"task": "maze", "scheme": "dis", "size": 5, "seed": 5, "passes": 9}
-    assert expected.items() <= found.items() and found["config"]["seed"] == 5 and len(found["curve"]) == 10
+    assert expected.items() <= found.items() and len(found["curve"]) == 10
     assert 120 <= found["examples_seen"] < 135 and found["longest"] <= 15
     assert found["params"] == sum(w.numel() for w in weights(out)) - 32, "y0 and z0 are not trained"
     assert found["halting"]["none"] == {"exact": found["exact"][2], "passes": 9}
-    table = [line for line in done.stdout.splitlines() if re.match(r" +\d +\d", line)]
-    for row, exact, verdict in zip(table, found["exact"], found["verdict"], strict=True):
-        assert f" {exact:.1%} " in row and verdict in row
+    for s, (exact, verdict) in enumerate(zip(found["exact"], found["verdict"], strict=True), 1):
+        assert re.search(rf"^ +{s} +{exact:.1%} .* {verdict}", done.stdout, re.MULTILINE)
     assert found["summary"] in done.stdout and done.stdout.count("validation solved") == 10
     assert f"{found['exact'][2]:.1%} of 40 held-out puzzles solved, with 9 " in done.stdout
     assert command(f"--eval {out}/model.pt --no-figures --test-size 40") == 0 and contents(out) == before
@@ -828,8 +810,8 @@ FORMATS = {  # each holds the same puzzle
 }  # fmt: skip
 TWO = {  # a text with two puzzles; the answers, in one line, and how many cells they find
     "sudoku": ("\n".join([SUDOKU, "5 3 0 | 0 7 0 | 0 0 0", "---+--", *ROWS[1:]]), [(SOLVED, 51)] * 2),
-    "maze": ("#####\n#S.G#\n#####\n\n###G#\n#   #\n# ###\n#S###\n#####\n",
-             [("######SoG######", 1), ("###G##ooo##o####S########", 4)]),
+    "maze": ("#####\n#S.G#\n#####\n\n###G#\n#   #\n# ###\nS ###\n#####\n",  # the second's are in the rim
+             [("######SoG######", 1), ("###G##ooo##o###So########", 5)]),
     "nqueens": (QUEENS + "\n........" * 7 + "\n. . . . . Q . .\n",
                 [("Q...........Q..........Q.....Q....Q...........Q..Q.........Q....", 7),
                  ("..Q.....Q.............Q.....Q..........Q.Q.........Q.........Q..", 7)]),
@@ -876,20 +858,12 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
     assert task != "sudoku" or command(f"{line} p.txt") == 0 and "several" in capsys.readouterr().out
 
 
-def test_formats_and_rims():
-    """Start and goal in the rim move inside and come back; what is marked then is solved as it was drawn."""
-    for task, texts in FORMATS.items():
-        of, cfg = lrpi.TASKS[task], lrpi.configure(task=task, mixer="conv")
-        found = [lrpi.boards(text, of, cfg.size) for text in texts]
-        asked = [lrpi.read_board(rows, line, of, cfg)[2] for [(line, rows)] in found]
-        assert all(torch.equal(x, asked[0]) for x in asked), task
-    of, cfg = lrpi.TASKS["maze"], lrpi.configure()
-    for text in ("#S###\n#  ##\n## ##\n#   G\n#####", "#####\n#   S\n# #G#\n#####", "#####\n#S G#\n#####"):
-        [(line, rows)] = lrpi.boards(text, of, 11)
-        x, y, inner = lrpi.read_board(rows, line, of, cfg)
-        assert inner.shape == (len(rows) - 2, len(rows[0]) - 2) and (inner == START).sum() == 1
-        assert torch.equal(lrpi.outside(x, of.solve(inner[None]).y.view_as(inner)), y)
-        assert lrpi.maze_solved(x[None], y[None])
+@pytest.mark.parametrize("task", [*FORMATS])
+def test_formats(task):
+    of, cfg = lrpi.TASKS[task], lrpi.configure(task=task, mixer="conv")
+    found = [lrpi.boards(text, of, cfg.size) for text in FORMATS[task]]
+    asked = [lrpi.read_board(rows, line, of, cfg)[2] for [(line, rows)] in found]
+    assert all(torch.equal(x, asked[0]) for x in asked)
 
 
 @pytest.mark.parametrize("task, size", [("maze", 7), ("sudoku", 6), ("sudoku", 9), ("nqueens", 6)])
@@ -937,7 +911,7 @@ def write_csv(name, task, puzzles):
 
 @pytest.mark.parametrize("task, size", [("sudoku", 4), ("maze", 7), ("nqueens", 5)])
 def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch):
-    """Train and valid share nothing; rows are drawn evenly, 5 sigma; views and their rounds are solved."""
+    """Train and valid share nothing; views and their rounds are solved."""
     of = lrpi.TASKS[task]
     train, test = of.make(300, size, "train"), of.make(40, size, "test")
     write_csv("train", task, train)
@@ -949,9 +923,8 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch)
         data = lrpi.make_puzzles(cfg, 10**3, "train")
     parts = [{*map(tuple, puzzles.x.tolist())} for puzzles in (data, valid, train, test, again)]
     assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and parts[1] and parts[3] == parts[4]
-    some = torch.cat([lrpi.make_puzzles(cfg, 10, "test", k).x for k in range(200)])
-    drawn, copies = (Counter(tuple(row) for row in x.tolist()) for x in (some, test.x))
-    assert all(abs(drawn[row] - 50 * n) < 31 * n for row, n in copies.items())
+    some = [lrpi.make_puzzles(cfg, 10, "test", k).x for k in range(30)]
+    assert {tuple(row) for x in some for row in x.tolist()} == parts[3], "others with every seed"
     view = lrpi.make_puzzles(cfg, 500, "train")
     assert len(view) == 500 and len({*map(tuple, view.x.tolist())} - parts[0]) > 30
     assert all(of.solved(puzzles.x, puzzles.y).all() for puzzles in (view, again))
@@ -1052,13 +1025,6 @@ def spoilt(content, rng):
     return content if rng.random() < 0.1 else content | {key: new}
 
 
-def packed(content, path):
-    if path.suffix == ".json":
-        return json.dumps(content).encode()
-    torch.save(content, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
 def test_damaged_files_of_its_own(capsys):
     """model.pt, training.pt and a run of --compare: refused, or where the damage is of no account, used."""
     with ctrl_c(5):
@@ -1072,13 +1038,13 @@ def test_damaged_files_of_its_own(capsys):
     }.items():
         before, whole = contents(path.parent), path.read_bytes()
         content = read(run.parent) if path == run else torch.load(path)
-        others = [7, [1], {}, "x", None, *(spoilt(content, rng) for _ in range(40))]
-        if "config" in content and path != run:
-            sizes = ({"n_sup": 10**9}, {"width": 10**5}, {"layers": 100}, {"untied": True})
-            others += [content | {"config": content["config"] | size} for size in sizes]
+        sizes = ({"n_sup": 10**9}, {"width": 10**5}, {"layers": 100}, {"untied": True})
+        edited = [content | {"config": content["config"] | size} for size in sizes]
         cut = [*(whole[: len(whole) * k // 4] for k in range(4)), whole[:-1], b"\xff\xfe", b"[" * 10**5]
-        for damage in [*cut, *(packed(other, path) for other in others)]:
-            path.write_bytes(damage)
+        for damage in [*cut, 7, [1], {}, *edited, *(spoilt(content, rng) for _ in range(40))]:
+            torch.save(damage, path)
+            if path == run or isinstance(damage, bytes):
+                path.write_bytes(damage if isinstance(damage, bytes) else json.dumps(damage).encode())
             damaged, _ = contents(path.parent), capsys.readouterr()
             code, said = command(line), capsys.readouterr().err
             if code:
@@ -1120,10 +1086,9 @@ WORK = """
 import copy, os, sys, torch, lrpi
 train = lrpi.train
 def spy(model, data, cfg, callback, average, resume):
-    twins, found, rank = [copy.deepcopy(model) for _ in range(2)], [], int(os.environ["RANK"])
-    for twin in twins:  # of all processes: the same puzzles and the same noise
-        torch.manual_seed(0)
-        found.append(train(twin, lrpi.make_queens(30, 5), cfg, None, average))
+    twin, rank = copy.deepcopy(model), int(os.environ["RANK"])
+    torch.manual_seed(0)  # in all processes: the same puzzles and the same noise
+    found = [train(twin, lrpi.make_queens(30, 5), cfg, None, average)]
     torch.manual_seed(rank)
     found.append(train(model, data, cfg, callback, average, resume))
     torch.save([[*of.state_dict().values()] for of in found], f"rank{rank}.pt")
@@ -1148,7 +1113,7 @@ def test_two_processes_share_their_weights_and_leave_one_set_of_results():
     model = lrpi.LoopedModel(cfg)
     torch.manual_seed(0)
     one = [*lrpi.train(model, lrpi.make_queens(30, 5), cfg).state_dict().values()]
-    assert same(one, ranks[0][0]) and same(one, ranks[0][1]) and not same(one, ranks[0][2])
+    assert same(one, ranks[0][0]) and not same(one, ranks[0][1])
 
 
 # --- The file itself: its size, and sections that can be copied ---------------------------------------------
