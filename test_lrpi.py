@@ -664,8 +664,8 @@ def ctrl_c(*updates):
     """Sends SIGINT at these updates of the training, counted from 0."""
     count, loss = itertools.count(), lrpi.step_loss
     with pytest.MonkeyPatch.context() as patch:
-        hit = {k: lambda: signal.raise_signal(signal.SIGINT) for k in updates}
-        patch.setattr(lrpi, "step_loss", lambda *args: (hit.get(next(count), int)(), loss(*args))[1])
+        hit = lambda: next(count) in updates and signal.raise_signal(signal.SIGINT)  # noqa: E731
+        patch.setattr(lrpi, "step_loss", lambda *args: (hit(), loss(*args))[1])
         yield
 
 
@@ -699,8 +699,10 @@ def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_l
     model, _ = lrpi.load_checkpoint(f"{out}/model.pt", size=9)
     stop = lrpi.stopping("kl", float(found["halt"]["kl"]["threshold"]))
     answers, taken = lrpi.answer(model, test.x, range(1, 10), stop)
-    exact, passes = lrpi.maze_solved(test.x, answers).double().mean().item(), 3 * taken.double().mean().item()
-    assert found["halting"]["kl"] == {"exact": exact, "passes": pytest.approx(passes)}
+    exact = lrpi.maze_solved(test.x, answers).double().mean().item()
+    assert found["halting"]["kl"] == pytest.approx(
+        {"exact": exact, "passes": 3 * taken.double().mean().item()}
+    )
 
 
 def test_other_options(capsys, monkeypatch):
@@ -739,11 +741,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(given, capsys)
 @pytest.mark.skipif(os.name == "nt", reason="kills as Unix does")
 def test_kill_9_then_resume():
     line = f"{BRIEF} --examples 800 --save-minutes 1e-6 --out "
-    running = subprocess.Popen(f"exec {PROGRAM} {line} b", shell=True, env=ENV, text=True, stdout=-1)
-    while "validation solved" not in running.stdout.readline():  # a tenth of the training is done
-        assert running.poll() is None
-    running.kill()
-    running.communicate()
+    with subprocess.Popen(f"exec {PROGRAM} {line} b", shell=True, env=ENV, text=True, stdout=-1) as running:
+        while "validation solved" not in running.stdout.readline():  # a tenth of the training is done
+            assert running.poll() is None
+        running.kill()
     assert running.returncode == -signal.SIGKILL and set(contents("b")) == {"training.pt"}
     assert command(f"{line} b --resume") == command(f"{line} a") == 0
     assert same(weights("a"), weights("b")) and "training.pt" not in contents("b")
@@ -758,18 +759,15 @@ def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(ca
     with ctrl_c(30):  # in the second run
         assert command(f"{COMPARE} o") == 130
     whole = contents(f"o/{names[0]}")
-    assert [name for name in names if Path("o", name, "training.pt").exists()] == names[1:2]
+    assert [path.parent.name for path in Path("o").glob("*/training.pt")] == names[1:2]
     assert command(f"{COMPARE} o") == command(f"{COMPARE} o") == 0 and contents(f"o/{names[0]}") == whole
-    runs, found = {name: read(f"o/{name}") for name in names}, read("o", "compare")["arms"]
-    assert set(contents("o")) == {"compare.json"} and [*found] == ARMS
-    assert {path.name for path in Path("o").iterdir() if path.is_dir()} == {*names}
-    for arm, passes in zip(ARMS, (6, 6, 36), strict=True):
-        for seed, record in enumerate(found[arm]):
-            run = runs[f"{arm}-{seed}"]
-            assert record.items() <= run.items() and record["passes"] == passes
-            assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
-    arm = ARMS[1].replace("+", " --")
-    assert command(f"{BRIEF} --examples 80 --scheme {arm} --out a") == 0
+    found = read("o", "compare")["arms"]
+    assert sorted(path.name for path in Path("o").iterdir()) == sorted(["compare.json", *names])
+    for (arm, seed), passes in zip(itertools.product(ARMS, (0, 1)), (6, 6, 6, 6, 36, 36), strict=True):
+        run, record = read(f"o/{arm}-{seed}"), found[arm][seed]
+        assert record.items() <= run.items() and record["passes"] == passes
+        assert len(run["curve"]) == 10 and 80 <= run["examples_seen"] < 96
+    assert command(f"{BRIEF} --examples 80 --scheme {ARMS[1].replace('+', ' --')} --out a") == 0
     assert same(weights("a"), weights(f"o/{names[1]}")), "as if it had not been interrupted"
 
 
@@ -1068,9 +1066,9 @@ def spy(model, data, cfg, callback, average, resume):
     torch.manual_seed(0)  # in all processes: the same puzzles and the same noise
     found = [train(twin, lrpi.make_queens(30, 5), cfg, None, average)]
     torch.manual_seed(rank)
-    found.append(train(model, data, cfg, callback, average, resume))
+    found += [train(model, data, cfg, callback, average, resume)]
     torch.save([[*of.state_dict().values()] for of in found], f"rank{rank}.pt")
-    return found[-1]
+    return found[1]
 lrpi.train = spy
 sys.exit(lrpi.main(sys.argv[1:]))
 """
@@ -1087,11 +1085,9 @@ def test_two_processes_share_their_weights_and_leave_one_set_of_results():
     ranks = [torch.load(f"rank{k}.pt") for k in (0, 1)]
     assert all(same(a, b) for a, b in zip(*ranks, strict=True)), "ranks' weights are equal"
     cfg = lrpi.configure(task="nqueens", size=5, width=8, ffn=8, n_sup=2, batch_size=4, examples=20)
-    torch.manual_seed(cfg.seed)
-    model = lrpi.LoopedModel(cfg)
-    torch.manual_seed(0)
-    one = [*lrpi.train(model, lrpi.make_queens(30, 5), cfg).state_dict().values()]
-    assert same(one, ranks[0][0]) and not same(one, ranks[0][1])
+    model = torch.manual_seed(0) and lrpi.LoopedModel(cfg)
+    one = torch.manual_seed(0) and lrpi.train(model, lrpi.make_queens(30, 5), cfg)
+    assert [same([*one.state_dict().values()], of) for of in ranks[0]] == [True, False]
 
 
 # --- The file itself: its size, and sections that can be copied ---------------------------------------------
@@ -1119,7 +1115,7 @@ def copied(*numbers):
 
 
 def test_sections_can_be_copied_and_the_copy_learns():
-    """Each alone, and §1 to §4 together: five seconds of training, and most 5 x 5 mazes are solved."""
+    """Each alone, and §1 to §4 together: after 600 updates, most mazes of 5 x 5 are solved."""
     model = copied(1).LoopedModel(vocab=3, shape=(4, 4), width=16, ffn=16)
     y, z = model(torch.zeros(2, 16), *model.start(2), torch.ones(2))
     assert model.readout(y).shape == (2, 16, 3) and z.shape == (2, 16, 16)
@@ -1131,12 +1127,12 @@ def test_sections_can_be_copied_and_the_copy_learns():
         assert torch.equal(phi(*given), lrpi.TARGETS[name](*given))
     method, seen = copied(1, 2, 3, 4), []
     cfg = method.TrainConfig(shape=(5, 5), width=32, ffn=64, examples=1200, hinge=0.1, linger=0.0)
-    model = method.LoopedModel(cfg)
+    model = torch.manual_seed(0) and method.LoopedModel(cfg)
     method.train(model, puzzles, cfg, lambda run, loss: seen.append(loss))
     losses = [loss for loss in seen if loss is not None]
     assert len(seen) == 600 and 190 <= len(losses) <= 200 and sum(losses[-20:]) < 0.5 * sum(losses[:20])
     found = lrpi.evaluate(model, lrpi.make_mazes(300, 5, "test"), lrpi.maze_solved)
-    assert found["exact"][-1] > max(0.6, found["exact"][0])
+    assert found["exact"][-1] > max(0.4, 2 * found["exact"][0])
     maze, boards = copied(5), copied(7)
     puzzles = maze.make_mazes(20, 7, "valid")
     assert maze.maze_solved(puzzles.x, maze.solve_mazes(puzzles.x).y).all() and len(puzzles) == 20
