@@ -163,8 +163,7 @@ def test_spanning_trees_and_ends_are_uniform():
 def test_maze_solved_agrees_with_a_walk_along_the_marks():
     """All marks in open fields of 4 x 4, loops beside the path among them; labels with one cell changed."""
     marks = [*itertools.product((OPEN, PATH), repeat=14)]
-    cases = [[[*marked, START, GOAL] for marked in marks]]
-    cases += [[[START, *marked[:9], GOAL, *marked[9:]] for marked in marks]]
+    cases = [[[*m, START, GOAL] for m in marks], [[START, *m[:9], GOAL, *m[9:]] for m in marks]]
     for maze, label in rows_of(*[*lrpi.make_mazes(50, 7, seed=2)][:2]):
         near = itertools.product(range(49), range(5))
         cases += [[maze, *([*label[:cell], new, *label[cell + 1 :]] for cell, new in near)]]
@@ -490,8 +489,7 @@ def test_training_is_a_pair_of_nested_loops(target, act, monkeypatch):
     assert torch.allclose(torch.nn.utils.parameters_to_vector(averaged.parameters()), mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("given", [{}, {"linear": True}, {"awr": 0.7}, {"hinge": 1.5},
-                                   {"linear": True, "awr": 2.0, "hinge": 0.1}])  # fmt: skip
+@pytest.mark.parametrize("given", [{}, {"awr": 0.7}, {"hinge": 1.5}, dict(linear=True, awr=2, hinge=0.1)])
 def test_the_loss_of_a_step_against_plain_loops(given):
     """Its value cell by cell in float64, and the gradient of that; atol 1e-6."""
     cfg, (u, c, y), s = tiny(n_sup=5, **given), two_logits(), torch.tensor([1, 2, 5, 4])
@@ -840,8 +838,7 @@ def test_tries_take_an_accepted_answer_and_call_no_wrong_one_solved(monkeypatch)
     monkeypatch.setattr(lrpi, "answer", answer)
     said, accepted, passes = lrpi.attempts(lrpi.LoopedModel(tiny()), lrpi.grid(puzzles.x), [1, 2], 5)
     assert accepted.tolist() == (3 * good).tolist() and torch.equal(lrpi.maze_solved(puzzles.x, said), good)
-    left = 20 - good.sum().item()
-    assert sizes == [20, 20, 20, left, left] and passes == [6 * n for n in sizes] and 0 < left < 20
+    assert sizes == [20, 20, 20, *[20 - good.sum().item()] * 2] and passes == [6 * n for n in sizes]
 
 
 def write_csv(name, task, puzzles):
@@ -1084,8 +1081,7 @@ def test_sections_can_be_copied_and_the_copy_learns():
     assert copied(2).best_guidance(u, c, label) == lrpi.best_guidance(u, c, label)
     puzzles, cfg = lrpi.make_mazes(2400, 5), SimpleNamespace(n_sup=6, power=0.3, pace=2, vocab=6)
     given = tuple(puzzles), torch.arange(2400) % 6 + 1, torch.rand(2400, 2, 25), cfg
-    for name, phi in copied(3).TARGETS.items():
-        assert torch.equal(phi(*given), lrpi.TARGETS[name](*given))
+    assert all(phi(*given).equal(lrpi.TARGETS[name](*given)) for name, phi in copied(3).TARGETS.items())
     method, seen = copied(1, 2, 3, 4), []
     cfg = method.TrainConfig(shape=(5, 5), width=32, ffn=64, examples=1200, hinge=0.1, linger=0.0)
     model = torch.manual_seed(0) and method.LoopedModel(cfg)
