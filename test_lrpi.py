@@ -161,13 +161,15 @@ def test_spanning_trees_and_ends_are_uniform():
 
 
 def test_maze_solved_agrees_with_a_walk_along_the_marks():
-    """All marks in open fields of 4 x 4, loops beside the path among them; labels with one cell changed."""
-    marks = [*itertools.product((OPEN, PATH), repeat=14)]
-    cases = [[[*m, START, GOAL] for m in marks], [[START, *m[:9], GOAL, *m[9:]] for m in marks]]
+    """All marks in fields of 4 x 4, also on walls and as loops beside the path; labels with one change."""
+    fields = [(OPEN,) * 14, (OPEN, WALL, OPEN, OPEN, OPEN, OPEN, WALL) * 2]
+    marked = [[*itertools.product(*({token, PATH} for token in field))] for field in fields]
+    cases = [[[START, *m[:9], GOAL, *m[9:]] for m in sorted(marks)] for marks in marked]
+    cases += [[[*m, START, GOAL] for m in sorted(marked[0])]]
     for maze, label in rows_of(*[*lrpi.make_mazes(50, 7, seed=2)][:2]):
         near = itertools.product(range(49), range(5))
         cases += [[maze, *([*label[:cell], new, *label[cell + 1 :]] for cell, new in near)]]
-    for answers in cases:  # the first is the maze itself
+    for answers in cases:  # the first is the maze itself, as PATH is the last token
         expected = [solved_by_hand(answers[0], said, math.isqrt(len(said))) for said in answers]
         assert 0 < sum(expected) < len(expected) / 2
         maze, said = torch.tensor(answers[:1] * len(answers)), torch.tensor(answers)
@@ -493,7 +495,6 @@ def test_training_is_a_pair_of_nested_loops(target, act, monkeypatch):
 def test_the_loss_of_a_step_against_plain_loops(given):
     """Its value cell by cell in float64, and the gradient of that; atol 1e-6."""
     cfg, (u, c, y), s = tiny(n_sup=5, **given), two_logits(), torch.tensor([1, 2, 5, 4])
-
     losses = [lrpi.step_loss(u, c.requires_grad_(), y, s, cfg), 0.0]
     for b, cell in itertools.product(range(4), range(5)):
         label, before, after = y[b, cell], u[b, cell].log_softmax(-1), c[b, cell].log_softmax(-1)
@@ -552,8 +553,8 @@ def test_evaluation_against_formulas(monkeypatch):
         want = {"exact": right[0], "label": hits.all(), "cells": hits.double().mean(), "kl": KL.mean(),
                 "logp": q[at].log().mean(), "gain": A[at].mean(), "margin": (A[at] - KL).mean(),
                 "margin_positive": (A[at] > KL).double().mean(), "change": (q - p).abs().max(),
-                "guided_exact": right[1:], "guided_logp": [of.log_softmax(-1)[at].mean() for of in guided],
-        }  # fmt: skip
+                "guided_exact": right[1:],
+                "guided_logp": [of.log_softmax(-1)[at].mean() for of in guided]}  # fmt: skip
         assert set(want) == set(found["each"])
         for name, value in want.items():
             got = found["each"][name][i, s].double()
@@ -824,21 +825,24 @@ def test_views_come_back_and_checkers_judge_them_alike(task, size):
     assert not kinds or torch.equal(*kinds) and len(kinds[0].unique()) > 2
 
 
-def test_tries_take_an_accepted_answer_and_call_no_wrong_one_solved(monkeypatch):
-    """A model that is right in its third try, and then only about every second maze; others stay unsolved."""
-    puzzles, sizes = lrpi.make_mazes(20, 5), []
-    good = (puzzles.y == PATH).sum(1) % 4 == 1
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("task, size", [("maze", 5), ("sudoku", 4)])
+def test_tries_take_an_accepted_answer_and_call_no_wrong_one_solved(task, size, turn, monkeypatch):
+    """A model that is right in one of its tries, and only with some puzzles; others stay unsolved."""
+    of, puzzles, sizes = lrpi.TASKS[task], lrpi.TASKS[task].make(20, size), []
+    good = (puzzles.x != puzzles.y).sum(1) % 4 > 1
 
     def answer(model, x, steps, stop=None):
         sizes.append(len(x))
-        right = lrpi.solve_mazes(x).y
-        able = (right == PATH).sum(1, keepdim=True) % 4 == 1
-        return torch.where(able & (len(sizes) == 3), right, x), torch.full((len(x),), 2)
+        right = of.solve(x).y
+        able = (x != right).sum(1, keepdim=True) % 4 > 1
+        return torch.where(able & (len(sizes) == turn), right, x), torch.full((len(x),), 2)
 
     monkeypatch.setattr(lrpi, "answer", answer)
-    said, accepted, passes = lrpi.attempts(lrpi.LoopedModel(tiny()), lrpi.grid(puzzles.x), [1, 2], 5)
-    assert accepted.tolist() == (3 * good).tolist() and torch.equal(lrpi.maze_solved(puzzles.x, said), good)
-    assert sizes == [20, 20, 20, *[20 - good.sum().item()] * 2] and passes == [6 * n for n in sizes]
+    model = lrpi.LoopedModel(tiny(task=task, size=size))
+    said, accepted, passes = lrpi.attempts(model, lrpi.grid(puzzles.x), [1, 2], 8)
+    assert accepted.tolist() == (turn * good).tolist() and torch.equal(of.solved(puzzles.x, said), good)
+    assert sizes == [20] * turn + [20 - good.sum().item()] * (8 - turn) and passes == [6 * n for n in sizes]
 
 
 def write_csv(name, task, puzzles):
@@ -948,7 +952,7 @@ def test_bad_puzzles_and_csv_files(capsys):
         f"{text}\nme,{'.' * 16},{'1' * 16}": "line", f"{text}\nme,{'.' * 15}5,{'1' * 16}": "'5'",
     }.items():  # fmt: skip
         Path("train.csv").write_text(data)
-        refused(capsys, "--task sudoku --data . --no-figures --out o", "train.csv", words)
+        refused(capsys, "--task sudoku --data . --no-figures --examples 9 --out o", "train.csv", words)
 
 
 def spoilt(content, rng):
@@ -971,8 +975,7 @@ def test_damaged_files_of_its_own(capsys):
         Path("o/training.pt"): f"{BRIEF} --examples 60 --resume --out o",
         run: f"{COMPARE} c",
     }.items():
-        before, whole = contents(path.parent), path.read_bytes()
-        content = read(run.parent) if path == run else torch.load(path)
+        whole, content = path.read_bytes(), read(run.parent) if path == run else torch.load(path)
         edited = [content | {"config": content["config"] | {name: 10**5}} for name in ("width", "n_sup")]
         cut = [*(whole[: len(whole) * k // 4] for k in range(4)), whole[:-1], b"\xff\xfe", b"[" * 10**5]
         for damage in [*cut, 7, [1], {}, *edited, *(spoilt(content, rng) for _ in range(40))]:
@@ -984,8 +987,7 @@ def test_damaged_files_of_its_own(capsys):
                 said = capsys.readouterr().err
                 assert said.startswith("lrpi: ") and said.find("\n") == len(said) - 1 and path.name in said
                 assert contents(path.parent) == damaged
-        for name, data in before.items():
-            (path.parent / name).write_bytes(data)
+        path.write_bytes(whole)
     for given in ("--width 11", "--scheme trm", "--halt head", "--task sudoku", "--size 12"):
         refused(capsys, f"--eval o/model.pt --no-figures {given}", given.split()[0])
     refused(capsys, f"{BRIEF} --examples 60 --resume --out o --seed 3", "--seed", "3")
@@ -1077,8 +1079,7 @@ def test_sections_can_be_copied_and_the_copy_learns():
     model = copied(1).LoopedModel(vocab=3, shape=(4, 4), width=16, ffn=16)
     y, z = model(torch.zeros(2, 16), *model.start(2), torch.ones(2))
     assert model.readout(y).shape == (2, 16, 3) and z.shape == (2, 16, 16)
-    u, c, label = two_logits()
-    assert copied(2).best_guidance(u, c, label) == lrpi.best_guidance(u, c, label)
+    assert copied(2).best_guidance(*two_logits()) == lrpi.best_guidance(*two_logits())
     puzzles, cfg = lrpi.make_mazes(2400, 5), SimpleNamespace(n_sup=6, power=0.3, pace=2, vocab=6)
     given = tuple(puzzles), torch.arange(2400) % 6 + 1, torch.rand(2400, 2, 25), cfg
     assert all(phi(*given).equal(lrpi.TARGETS[name](*given)) for name, phi in copied(3).TARGETS.items())
