@@ -952,7 +952,7 @@ def test_bad_puzzles_and_csv_files(capsys):
         f"{text}\nme,{'.' * 16},{'1' * 16}": "line", f"{text}\nme,{'.' * 15}5,{'1' * 16}": "'5'",
     }.items():  # fmt: skip
         Path("train.csv").write_text(data)
-        refused(capsys, "--task sudoku --data . --no-figures --examples 9 --out o", "train.csv", words)
+        refused(capsys, "--task sudoku --data . --no-figures --budget-seconds 1 --out o", "train.csv", words)
 
 
 def spoilt(content, rng):
