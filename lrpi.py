@@ -427,7 +427,9 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
         run.averaged.update_parameters(model)
         run.rows = [*puzzles, s + 1, u, y.detach(), z.detach()]  # no gradient crosses steps
 
-        to_do = torch.where(run.done, 0, 1 - s / cfg.n_sup).sum()  # of the puzzles in the batch
+        to_do = torch.where(
+            run.done, 0, (1 - s / cfg.n_sup).clamp(min=0)
+        ).sum()  # of the puzzles in the batch
         finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.step / length
         spent, before = time.perf_counter() - began, run.share
         run.share = spent / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
@@ -802,11 +804,11 @@ def look(cells: torch.Tensor, cell: torch.Tensor, new: torch.Tensor) -> torch.Te
 
 
 def grid_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """N random symmetries of grids, all 8 (or 4, if not square) equally often: `cell` and `new` of `look`."""
+    """N random symmetries of grids, every 8 of them all that there are: `cell` and `new` of `look`."""
     index = torch.arange(math.prod(shape)).view(shape)
     turned = [t.rot90(k) for t in (index, index.flip(0)) for k in range(4)]
     views = torch.stack([t.flatten() for t in turned if t.shape == shape])
-    chosen = torch.randperm(-(-N // 8) * 8, generator=generator)[:N] % len(views)
+    chosen = torch.rand(-(-N // 8), 8, generator=generator).argsort(1).flatten()[:N] % len(views)
     return views[chosen], torch.arange(8).expand(N, -1)
 
 
