@@ -521,20 +521,17 @@ def flood(reached: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
     return reached
 
 
-def solve_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
-    """Solve mazes x [N, L] by dead-end filling, all dead ends in a round; in a perfect maze the path remains.
+def solve_mazes(x: torch.Tensor) -> Puzzles:
+    """Solve perfect mazes x [N, L] by dead-end filling, all dead ends in a round; the path remains.
 
-    The draft marks every open cell as path; the order of a cell is the round that filled it. Where ways form
-    loops, a solution y [N, L] says which cells stay, and one last round fills the others.
+    The draft marks every open cell as path; the order of a cell is the round that filled it.
     """
     maze = grid(x)
     way, left, order = maze == OPEN, maze != WALL, torch.zeros_like(maze, dtype=torch.int16)
     while (dead := left & way & (neighbours(left) <= 1)).any():
         order[dead] = order.max() + 1
         left &= ~dead
-    draft, found = (torch.where(marked, PATH, maze).to(torch.uint8) for marked in (way, way & left))
-    y = found if y is None else grid(y)
-    order = torch.where(y == found, order, order.amax((1, 2), keepdim=True) + 1)
+    draft, y = (torch.where(marked, PATH, maze).to(torch.uint8) for marked in (way, way & left))
     return Puzzles(*(t.flatten(1) for t in (x, y, draft, order)))
 
 
@@ -933,18 +930,67 @@ def solve_queens(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     return Puzzles(x, y, x, ((y != x).cumsum(1) * (y != x)).to(torch.int16))
 
 
-def shortest(x: torch.Tensor) -> torch.Tensor:
-    """Mazes x [N, L] or [N, H, W] with a shortest path marked, or none if there is no way."""
+def around(cells: torch.Tensor) -> torch.Tensor:
+    """What the cells above, left of, right of and below each cell hold: [N, H, W] -> [4, N, H, W]."""
+    m = F.pad(cells, (1, 1, 1, 1))
+    return torch.stack([m[:, :-2, 1:-1], m[:, 1:-1, :-2], m[:, 1:-1, 2:], m[:, 2:, 1:-1]])
+
+
+def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
+    """As `solve_mazes`, also with loops: a shortest path remains. x and y [N, L] or [N, H, W].
+
+    A flood from the start, one cell a round, cuts the loops: each cell keeps the way to the first of the
+    neighbours that the flood came from, and the others are cut once it has reached both sides. If y is given,
+    one last round sets the cells that differ from it.
+    """
     maze = grid(x)
-    reached, distance = maze == START, torch.zeros_like(maze, dtype=torch.int16)
-    while (more := (maze != WALL) & ~reached & (neighbours(reached) > 0)).any():
-        distance, reached = distance + ~reached, reached | more
-    at = way = (maze == GOAL) & reached
-    while at.any():  # back from the goal, always to the first cell that is one nearer
-        nearer = (neighbours(at) > 0) & reached & (distance == (distance * at).amax((1, 2), True) - 1)
-        at = nearer & (nearer.flatten(1).cumsum(1) == 1).view_as(nearer)
-        way = way | at
-    return torch.where(way & (maze == OPEN), PATH, maze).view_as(x)
+    way, left, order = maze == OPEN, maze != WALL, torch.zeros_like(maze, dtype=torch.int16)
+    when = 2 * (maze == START).to(torch.int16)  # 2 + the distance from the start; 0: not reached
+    while (more := left & (when == 0) & (around(when).amax(0) > 0)).any():
+        when[more] = when.max() + 1
+    last = when.amax((1, 2), keepdim=True) + 1
+    when = torch.where(when > 0, when, last)
+    came = around(when) == when - 1
+    came &= came.cumsum(0) == 1
+    tree = came | torch.stack([around(came[3 - k])[k] for k in range(4)])  # from there, or to there
+    until = torch.where(tree, 9999, torch.maximum(around(when), when))
+    for done in itertools.count(1):
+        dead = left & way & ((around(left) & (until > done + 1)).sum(0) <= 1)
+        if not dead.any() and done > last.max():
+            break
+        order[dead] = done
+        left = left & ~dead
+    draft, path = (torch.where(marked, PATH, maze).to(torch.uint8) for marked in (way, way & left))
+    y = path if y is None else grid(y)
+    order = torch.where(y == path, order, order.amax((1, 2), keepdim=True) + 1)
+    return Puzzles(*(t.flatten(1) for t in (x, y, draft, order)))
+
+
+def add_loops(x: torch.Tensor, loops: float, generator: torch.Generator) -> torch.Tensor:
+    """Mazes x [N, L]: of the share `loops`, half with walls opened, half random obstacles, with new ends.
+
+    Start and goal are any two open cells that a way joins; the few without such a goal are left out.
+    """
+    (N, L), size = x.shape, math.isqrt(x.shape[1])
+    cell, (chance, *rank) = torch.arange(L), torch.rand(3, N, L, generator=generator)
+    kind, amount = torch.rand(2, N, 1, generator=generator)
+    between = (cell // size + cell % size) % 2 == 1  # the cells between two rooms
+    free = (x != WALL) | between & (chance < 0.3 * amount)
+    free = torch.where(kind < loops / 2, chance > 0.1 + 0.3 * amount, free)
+    new = torch.where(free, OPEN, WALL).to(torch.uint8)
+    new.scatter_(1, torch.where(free, rank[0], -1).argmax(1, keepdim=True), START)
+    reached = flood(grid(new == START), grid(free)).flatten(1) & (new == OPEN)
+    new.scatter_(1, torch.where(reached, rank[1], -1).argmax(1, keepdim=True), GOAL)
+    return torch.where(kind < loops, new, x)[(kind >= loops)[:, 0] | reached.any(1)]
+
+
+def make_any_mazes(count: int, size: int = 11, split: str = "train", seed: int = 0, loops=0.0) -> Puzzles:
+    """As `make_mazes`, with loops or obstacles in a share `loops` of the mazes. Walls decide the split."""
+    if not loops:
+        return make_mazes(count, size, split, seed)
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: add_loops(carve(n, size, generator), loops, generator)  # noqa: E731
+    return solve_any_mazes(draw_split(count, size, split, draw, lambda x: x == WALL))
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
@@ -955,8 +1001,8 @@ BOARD = {"mixer": "mlp", "scheme": "dis-margin", "batch_size": 8, "pick": 1, "ex
 class Task(NamedTuple):
     """A kind of puzzle, by default the maze: functions, and data for options, text files and figures."""
 
-    make: Callable = make_mazes  # (count, size, split, seed) -> Puzzles
-    solve: Callable = lambda x, y=None: solve_mazes(x, shortest(x) if y is None else y)  # to Puzzles
+    make: Callable = make_any_mazes  # (count, size, split, seed, more options) -> Puzzles
+    solve: Callable = solve_any_mazes  # (x [N, L], maybe y) -> Puzzles
     solved: Callable = maze_solved  # (x [B, L], answer [B, L]) -> [B] bool
     views: Callable = grid_views  # (N, shape) -> N random symmetries
     sizes: tuple = tuple(range(5, 62, 2))
@@ -964,7 +1010,7 @@ class Task(NamedTuple):
     alias: dict = str.maketrans("%X10.sAPgEBF", "###  SSSGGGG")  # other characters for them
     colours: dict = MAZE  # {token's name: colour}; the last is that of all further tokens
     glyphs: str = ""  # what figures write into the cells
-    options: tuple = ()  # the fields of `Config` that `make` takes
+    options: tuple = ("loops",)  # the fields of `Config` that `make` takes
     defaults: dict = {}  # what the task changes of Config's defaults
 
 
@@ -992,6 +1038,7 @@ TASKS = {
         alias=str.maketrans("0_*x?-1♛", "......QQ"),
         colours={"empty": "#f4f1ea", "queen": COLOURS[5]},
         glyphs=" ♛",
+        options=(),
         defaults=BOARD | {"size": 8, "pace": 2, "train_size": 7200},
     ),
 }
@@ -1192,6 +1239,7 @@ class Config(TrainConfig):
     scheme: str = "dis"  # how to train: sets T, n, n-sup, target, ..
     size: int = 11  # side of the grid in cells; in a maze, every second cell is a room [4, 61]
     blanks: int = 0  # sudoku: maximum number of empty cells; 0: as many as leave one solution [0, 64]
+    loops: float = 0.0  # maze: share of mazes with walls opened at random, or of random obstacles [0, 1]
     data: str = ""  # folder with train.csv and test.csv (columns question, answer) to use instead
     train_size: int = 20000  # maximum number of distinct training puzzles [1, 1e8]
     pick: int = 2  # generate this many per training puzzle and keep the longest solution [1, 100]
@@ -1223,7 +1271,7 @@ MODES = {"eval": (), "solve": ("checkpoint", "answers", "steps_shown"), "compare
 ELSEWHERE = (*MODES, *sum(MODES.values(), ()), "device", "out", "figures", "compile", "save_minutes", "shape")
 # options that do not affect results; that may differ when training is resumed; and at evaluation
 LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")
-AT_EVALUATION = (*LATER, "precision", "data", "blanks", "size")
+AT_EVALUATION = (*LATER, "precision", "data", "blanks", "loops", "size")
 OPTIONS = {  # {name: (help, lowest, highest value)}, from the sources of the dataclasses
     name: (text, float(low or 0), float(high or 0))
     for cls in (ModelConfig, TrainConfig, Config)
@@ -1257,6 +1305,8 @@ def configure(**given) -> Config:
         ("kernel", cfg.kernel % 2, "odd"),
         ("heads", cfg.mixer != "attention" or not cfg.width % (2 * cfg.heads), "half a divisor of --width"),
         ("halt", cfg.halt != "head" or cfg.act, "used with --act, which trains the head"),
+        ("blanks", not cfg.blanks or "blanks" in task.options, "used with --task sudoku"),
+        ("loops", not cfg.loops or "loops" in task.options, "used with --task maze"),
         ("batch_size", cfg.batch_size % RANKS == 0, f"a multiple of the {RANKS} processes"),
     ):
         if not good:

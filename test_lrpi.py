@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1705, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1760, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -57,19 +57,17 @@ def neighbours_of(cell, side):
 
 
 def search(maze, side):
-    """Breadth-first: cells of a shortest path from start to goal, if there is one; all reachable cells."""
-    start, goal = maze.index(START), maze.index(GOAL)
-    came, queue, path = {start: start}, [start], set()
+    """Breadth-first: {cell: distance from the start}; where each of them comes from, first in reading order."""
+    start = maze.index(START)
+    far, came, queue = {start: 0}, {}, [start]
     for here in queue:  # which grows
         for there in neighbours_of(here, side):
-            if maze[there] != WALL and there not in came:
-                came[there] = here
+            if maze[there] != WALL and there not in far:
+                far[there] = far[here] + 1
                 queue.append(there)
-    cell = came.get(goal, start)
-    while cell != start:
-        path.add(cell)
-        cell = came[cell]
-    return path, {*came}
+            if far.get(there) == far[here] + 1:
+                came[there] = min(here, came.get(there, here))
+    return far, came
 
 
 def solved_by_hand(maze, answer, side):
@@ -108,41 +106,43 @@ def maze_of(kind, side, rng):
 
 
 @pytest.mark.parametrize("kind, side, count", [
-    ("uniform", 5, 90), ("uniform", 11, 60), ("uniform", 21, 10), ("uniform", 61, 2),
+    ("uniform", 5, 90), ("uniform", 11, 60), ("uniform", 21, 10), ("uniform", 61, 2), ("loops", 9, 60),
     *itertools.product(("depth-first", "prim", "kruskal"), (11, 21), (12,)), ("obstacles", 9, 40),
 ])  # fmt: skip
 def test_mazes_are_read_labels_are_shortest_paths_and_rounds_fill_dead_ends(kind, side, count):
-    """Ours and other perfect mazes, and obstacles with loops between them, as text with a rim."""
+    """Ours and other perfect mazes, obstacles, our mazes with loops, as text with a rim."""
     rng, task, solvable = random.Random(side), lrpi.TASKS["maze"], 0
-    puzzles = lrpi.make_mazes(count, side, seed=3)
-    if kind != "uniform":
+    puzzles = task.make(count, side, seed=3, loops=float(kind == "loops"))
+    if kind not in ("uniform", "loops"):
         puzzles = task.solve(torch.tensor([maze_of(kind, side, rng) for _ in range(count)]).byte())
     stages = [stage(puzzles, r).tolist() for r in range(puzzles.order.max() + 1)]
     for i, (maze, label) in enumerate(rows_of(puzzles.x, puzzles.y)):
-        (path, reached), letters = search(maze, side), [task.letters[token] for token in maze]
+        (far, came), letters = search(maze, side), [task.letters[token] for token in maze]
         rows = [f"#{''.join(letters[k : k + side])}#" for k in range(0, side**2, side)]
         [rows] = lrpi.boards("\n".join(["#" * (side + 2), *rows, "#" * (side + 2)]), task, 11)
-        if maze.index(GOAL) not in reached:
+        if maze.index(GOAL) not in far:
             assert PATH not in label
             continue
+        path = far[maze.index(GOAL)] - 1  # cells of a shortest one
         drawn, whole, x = lrpi.read_board(rows, task, lrpi.configure())
         assert x.flatten().tolist() == maze and whole[1:-1, 1:-1].flatten().tolist() == label
-        assert task.solved(drawn[None], whole[None]) and task.solved(drawn[None], drawn[None]) == (not path)
-        assert solved_by_hand(maze, label, side) and label.count(PATH) == len(path)
+        assert task.solved(drawn[None], whole[None]) and task.solved(drawn[None], drawn[None]) == (path == 0)
+        assert solved_by_hand(maze, label, side) and label.count(PATH) == path
         spaces = {cell for cell, token in enumerate(maze) if token != WALL}
         rooms = {r * side + c for r in range(0, side, 2) for c in range(0, side, 2)}
-        if kind != "obstacles":
+        if kind not in ("obstacles", "loops"):
             edges = sum(there in spaces for here in spaces for there in neighbours_of(here, side)) // 2
-            assert reached == spaces and edges == len(spaces) - 1, "a tree"
+            assert {*far} == spaces and edges == len(spaces) - 1, "a tree"
             assert {maze.index(START), maze.index(GOAL)} <= rooms <= spaces
         answer = [PATH if token == OPEN else token for token in maze]
-        for filled in stages:
+        for r, filled in enumerate(stages):  # the flood has reached cells r away, and cuts loops
             assert filled[i] == answer
-            marked = {cell for cell in spaces if answer[cell] != OPEN}
-            dead = [cell for cell in marked if sum(n in marked for n in neighbours_of(cell, side)) <= 1]
-            if not any(answer[cell] == PATH for cell in dead):
-                answer = label
-            for cell in dead:
+            marked, late = {cell for cell in spaces if answer[cell] != OPEN}, max(far.values()) + 1
+            ways = {cell: {*neighbours_of(cell, side)} & marked for cell in marked}
+            kept = {(a, b) for a in marked for b in ways[a] if max(far.get(a, late), far.get(b, late)) > r}
+            kept |= {way for way in came.items() if {*way} <= marked}
+            kept |= {(b, a) for a, b in kept}
+            for cell in [cell for cell in marked if sum((cell, n) in kept for n in ways[cell]) <= 1]:
                 answer[cell] = OPEN if answer[cell] == PATH else answer[cell]
         assert answer == label
         solvable += 1
@@ -886,7 +886,7 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch)
 BAD = """--size 12; --size 3; --size 63; --size big; --size 1e1; --size 7.0; --lr fast; --lr nan; --lr inf
 --seed 9999999999; --examples 1.5; --kernel 4; --mixer attention --heads 5; --halt head; --checkpoint m.pt
 --task sudoku --size 8; --task nqueens --size 4; --task nqueens --size 11; --seeds 2; --compare dis --seeds 0
---compare dis --seeds two; --compare dis --size 12; --out /dev/null/x"""
+--compare dis --seeds two; --compare dis --size 12; --task sudoku --loops 0.5; --blanks 9; --out /dev/null/x"""
 WORDS = {  # cases that name something else
     "--size ''": "--size", "--speed 9": "--speed", "--size": "--size", "maze": "maze", "--act=3": "--act",
     f"--size {'9' * 5000}": "99", f"--task {'x' * 5000}": "nqueens", "--task 'ma\nze\x1b[31m'": "--task",
