@@ -956,7 +956,7 @@ def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     until = torch.where(tree, 9999, torch.maximum(around(when), when))
     for done in itertools.count(1):
         dead = left & way & ((around(left) & (until > done + 1)).sum(0) <= 1)
-        if not dead.any() and done > last.max():
+        if not dead.any() and (done > last).all():
             break
         order[dead] = done
         left = left & ~dead

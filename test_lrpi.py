@@ -57,7 +57,7 @@ def neighbours_of(cell, side):
 
 
 def search(maze, side):
-    """Breadth-first: {cell: distance from the start}; where each of them comes from, first in reading order."""
+    """Breadth-first: {cell: distance from the start}; where it is reached from, first in reading order."""
     start = maze.index(START)
     far, came, queue = {start: 0}, {}, [start]
     for here in queue:  # which grows
@@ -883,10 +883,10 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch)
 
 # --- Bad input: one line that starts with "lrpi: ", exit code 2, no traceback, and nothing lost -------------
 # each case names its last option and the value of that
-BAD = """--size 12; --size 3; --size 63; --size big; --size 1e1; --size 7.0; --lr fast; --lr nan; --lr inf
+BAD = """--size 12; --size 3; --size 63; --size big; --size 7.0; --blanks 9; --lr fast; --lr nan; --lr inf
 --seed 9999999999; --examples 1.5; --kernel 4; --mixer attention --heads 5; --halt head; --checkpoint m.pt
 --task sudoku --size 8; --task nqueens --size 4; --task nqueens --size 11; --seeds 2; --compare dis --seeds 0
---compare dis --seeds two; --compare dis --size 12; --task sudoku --loops 0.5; --blanks 9; --out /dev/null/x"""
+--compare dis --seeds two; --compare dis --size 12; --task sudoku --loops 1.0; --out /dev/null/x"""
 WORDS = {  # cases that name something else
     "--size ''": "--size", "--speed 9": "--speed", "--size": "--size", "maze": "maze", "--act=3": "--act",
     f"--size {'9' * 5000}": "99", f"--task {'x' * 5000}": "nqueens", "--task 'ma\nze\x1b[31m'": "--task",
