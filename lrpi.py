@@ -1027,7 +1027,7 @@ TASKS = {
         colours={"blank": "white", "digit": "#f4f1ea"},
         glyphs=" 123456789",
         options=("blanks",),
-        defaults=BOARD | {"size": 9, "pace": 1, "examples": 16000},
+        defaults=BOARD | {"size": 9, "pace": 1, "examples": 24000},
     ),
     "nqueens": Task(
         make=make_queens,
@@ -1164,13 +1164,15 @@ def draw_panel(ax, title: str, xlabel: str, curves: list) -> None:
     ax.legend(fontsize="small")
 
 
-def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
-    """What each step does, what guidance would do, and what more steps or early exit do: nine panels."""
+def draw_diagnosis(found: dict, longer: dict):
+    """A figure: what each step does, what guidance would do, and what more steps or early exit do."""
     from matplotlib.figure import Figure
 
     exact, each, ws, panels, exits = found["exact"], found["each"], found["ws"], [], []
     steps, solved = range(1, len(exact) + 1), each["exact"][:, -1] > 0
-    groups = {"all": solved | True, "not solved": ~solved, "solved in the end": solved}
+    groups = {"all": solved | True}
+    if 0 < solved.sum() < len(solved):
+        groups |= {"not solved": ~solved, "solved in the end": solved}
     for name, title in {
         "exact": "puzzles solved",
         "logp": "log π(y*), nats per cell",
@@ -1179,7 +1181,7 @@ def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
         "margin_positive": "cells with a positive margin",
         "kl": "KL(π_c ‖ π_u), nats per cell",
     }.items():
-        curves = [(of, steps, each[name][rows].mean(0)) for of, rows in groups.items() if rows.any()]
+        curves = [(of, steps, each[name][rows].mean(0)) for of, rows in groups.items()]
         curves[0] += (steps, found[f"{name}_interval"]) if "interval" in title else ()
         panels.append((title, "latent step", curves))
     of_steps = zip(steps, found["w_star"], found["guided_exact"], strict=True)
@@ -1196,12 +1198,11 @@ def draw_diagnosis(found: dict, longer: dict, path: Path) -> None:
         draw_panel(ax, *panel)
     title = f"{exact[0]:.1%} of {len(solved)} solved after step 1, {exact[-1]:.1%} after step {len(exact)}"
     fig.suptitle(f"{title}\n{found['summary']}", wrap=True)
-    with naming(path, "a place to write to"):
-        fig.savefig(path)
+    return fig
 
 
-def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
-    """Draw at most 12 of the frames (caption, tokens [H, W]); crosses: what changed since the last one."""
+def draw_frames(task: Task, frames: list, title: str):
+    """A figure of at most 12 frames (caption, tokens [H, W]); crosses: what changed since the last one."""
     from matplotlib import colors, figure, patches
 
     frames = [frames[i] for i in sorted({round(k * (len(frames) - 1) / 11) for k in range(12)})]
@@ -1223,8 +1224,7 @@ def draw_frames(task: Task, frames: list, title: str, path: Path) -> None:
     fig.suptitle(title, wrap=True)
     keys = [patches.Patch(fc=colour, ec="0.5", label=name) for name, colour in task.colours.items()]
     fig.legend(handles=[*keys, cross], loc="outside lower center", ncols=7, frameon=False)
-    with naming(path, "a place to write to"):
-        fig.savefig(path)
+    return fig
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1321,18 +1321,21 @@ def seal(content: dict) -> str:
     return f"{zlib.crc32(json.dumps(content, default=numbers).encode()):08x}"
 
 
-def write(path: Path, content: dict) -> None:
-    """Write JSON, non-finite numbers as text, or a .pt file, for `read`; a full disk leaves the old file."""
-    if path.suffix == ".json":
-        content = json.loads(json.dumps(content), parse_constant=str)
-        data = json.dumps(content | {"seal": seal(content)}, indent=1).encode()
+def write(path: Path, content) -> None:
+    """Write a .png figure, or for `read` a dict (.json, .pt), or a text; a full disk leaves the old file."""
+    file, beside = io.BytesIO(), path.with_name(f".{os.getpid()}-{path.name}")
+    if path.suffix == ".png":
+        content.savefig(file, format="png")
+    elif path.suffix == ".pt":
+        torch.save(content | {"seal": seal(content)}, file)
+    elif isinstance(content, dict):
+        content = json.loads(json.dumps(content), parse_constant=str)  # JSON has no inf and nan
+        file.write(json.dumps(content | {"seal": seal(content)}, indent=1).encode())
     else:
-        torch.save(content | {"seal": seal(content)}, buffer := io.BytesIO())
-        data = buffer.getvalue()
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+        file.write(content.encode())
     with naming(path, "a place to write to"):
         try:
-            beside.write_bytes(data)
+            beside.write_bytes(file.getvalue())
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -1553,13 +1556,13 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
     if found["label"] != found["exact"]:
         print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
     if cfg.figures:
-        draw_diagnosis(found, longer, out / "diagnosis.png")
+        write(out / "diagnosis.png", draw_diagnosis(found, longer))
         work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, cells to find
         hard = test[work.argsort(stable=True)[-max(1, len(test) // 100)]]
         x, y = (t.view(cfg.shape).cpu() for t in (hard.x, hard.y))
         frames = [*frames_of(model, x, x, steps), ("solution", y)]
         title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
-        draw_frames(task, frames, title, out / "solution.png")
+        write(out / "solution.png", draw_frames(task, frames, title))
     for of in (found, *longer.values()):
         del of["each"]
     metrics = {name: getattr(cfg, name) for name in ("task", "scheme", "size", "seed")} | {"params": params}
@@ -1625,6 +1628,8 @@ def solve(given: dict) -> int:
             said, flat = outside(x, said), (x.view(1, -1), y.view(1, -1))
             good, wrong, to_find = task.solved(x[None], said[None]).item(), (said != y).sum(), (x != y).sum()
             words = f"solved (checked), try {tried}" if good else f"not solved: {wrong} cells wrong"
+            if good and (detour := (said != x).sum() - to_find):
+                words += f"; {detour} cells longer than a shortest path"
             if to_find > (most := facts["longest"]):
                 words += f"; {to_find} cells to find, at most {most} in training"
             if cfg.task == "sudoku" and not other_solutions(*flat).equal(flat[1]):
@@ -1635,14 +1640,14 @@ def solve(given: dict) -> int:
                     drawn = ("".join(task.letters[t] for t in row) for row in now.tolist())
                     print(f"\n{caption}", *drawn, sep="\n")
                 if cfg.out:
-                    draw_frames(task, frames, words, picture := prepare_folder(cfg.out) / f"line-{line}.png")
+                    picture = prepare_folder(cfg.out) / f"line-{line}.png"
+                    write(picture, draw_frames(task, frames, words))
                     print(f"wrote {picture}")
             print(f"line {line}: {words}", flush=True)
             answers[line] = "".join(task.letters[t] for t in said.flatten()) * good
     print(f"{sum(map(bool, answers.values()))} of {len(every)} solved by {path}")
     if cfg.answers:
-        with naming(cfg.answers, "a place to write to"):
-            Path(cfg.answers).write_text("\n".join([*answers.values(), ""]))
+        write(Path(cfg.answers), "\n".join([*answers.values(), ""]))
     return 2 if len(puzzles) < len(every) else int(not all(answers.values()))
 
 
