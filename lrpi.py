@@ -320,7 +320,14 @@ def edits(puzzles, s, u, cfg) -> torch.Tensor:
     return torch.where(order <= rounds[:, None], y, draft)  # same work at every step: one map serves all
 
 
-TARGETS = {"final": final, "reveal": reveal, "mask": mask, "replace": replace_at_random, "edits": edits}
+def rounds(puzzles, s, u, cfg) -> torch.Tensor:
+    """As `edits`, but never ahead of the solver: y* only when it is done, also after N_sup."""
+    _, y, draft, order = puzzles
+    return torch.where(order <= cfg.pace * s[:, None], y, draft)
+
+
+TARGETS = {"final": final, "reveal": reveal, "mask": mask, "replace": replace_at_random}
+TARGETS |= {"edits": edits, "rounds": rounds}
 
 # ------------------------------------------------------------------------------------------------------------
 # §4  Training (paper section 5): one loop for every scheme
