@@ -320,14 +320,7 @@ def edits(puzzles, s, u, cfg) -> torch.Tensor:
     return torch.where(order <= rounds[:, None], y, draft)  # same work at every step: one map serves all
 
 
-def rounds(puzzles, s, u, cfg) -> torch.Tensor:
-    """As `edits`, but never ahead of the solver: y* only when it is done, also after N_sup."""
-    _, y, draft, order = puzzles
-    return torch.where(order <= cfg.pace * s[:, None], y, draft)
-
-
-TARGETS = {"final": final, "reveal": reveal, "mask": mask, "replace": replace_at_random}
-TARGETS |= {"edits": edits, "rounds": rounds}
+TARGETS = {"final": final, "reveal": reveal, "mask": mask, "replace": replace_at_random, "edits": edits}
 
 # ------------------------------------------------------------------------------------------------------------
 # §4  Training (paper section 5): one loop for every scheme
@@ -704,10 +697,10 @@ def calibrate(model: LoopedModel, valid, solved=None, steps=None) -> dict:
 def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     """Which steps work: `evaluate` on `test`, with what `calibrate` chose on `valid`, and
 
-    "verdict" [S]: improves or harms, as the interval of the gain lies above or below 0; if it holds 0, moves
-    (no gain is shown), or dead: it hardly moves (KL at most STILL). "step_size" [S]: too timid or overshoots,
-    where the interval of the margin and w* agree. "guided_exact", "guided_logp" [S][ws]: under the weights
-    "ws" and, last, w* (within `ws`). "halting": {rule: "exact", mean "passes"}, puzzles leaving the batch.
+    "verdict" [S]: dead, if the step hardly moves the policy (KL at most STILL); else improves or harms, as
+    the interval of the gain lies above or below 0; else moves (no gain is shown). "step_size" [S]: too timid
+    or overshoots, where the interval of the margin and w* agree. "guided_exact", "guided_logp" [S][ws]: under
+    the weights "ws" and, last, w* (within `ws`). "halting": {rule: "exact", mean "passes"}, puzzles leaving.
     "cut": puzzles "won" and "lost" if only the improving steps are taken.
     """
     steps = steps or range(1, model.cfg.n_sup + 1)
@@ -716,8 +709,8 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     found = {"ws": WS, **chosen, **evaluate(model, test, solved, steps, [[*WS, w] for w in own])}
     of_steps = zip(found["kl"], found["gain_interval"], found["margin_interval"], own, strict=True)
     for kl, gain, gap, w in of_steps:
-        still = "moves" if kl > STILL else "dead"
-        verdict.append((still, "improves", "harms")[(gain[0] > 0) - (gain[1] < 0)])
+        gains = ("moves", "improves", "harms")[(gain[0] > 0) - (gain[1] < 0)]
+        verdict.append(gains if kl > STILL else "dead")
         side = (gap[0] > 0 and w > 1) - (gap[1] < 0 and w < 1)
         size.append(("just right", "too timid", "overshoots")[side])
     runs = [(kind, [*run]) for kind, run in itertools.groupby(steps, lambda s: verdict[s - steps[0]])]
