@@ -1624,16 +1624,19 @@ def solve(given: dict) -> int:
     for _, block in itertools.groupby(puzzles, lambda puzzle: puzzle[-1].shape):
         block = [*block]
         found = attempts(model, torch.stack([asked for *_, asked in block]), steps, cfg.tries)[:2]
-        for (line, x, y, asked), said, tried in zip(block, *found, strict=True):
-            said, flat = outside(x, said), (x.view(1, -1), y.view(1, -1))
+        several = [False] * len(block)
+        if cfg.task == "sudoku":
+            flat = [torch.stack([puzzle[k] for puzzle in block]).flatten(1) for k in (1, 2)]
+            several = (other_solutions(*flat) != flat[1]).any(1).tolist()
+        for (line, x, y, asked), said, tried, more in zip(block, *found, several, strict=True):
+            said = outside(x, said)
             good, wrong, to_find = task.solved(x[None], said[None]).item(), (said != y).sum(), (x != y).sum()
             words = f"solved (checked), try {tried}" if good else f"not solved: {wrong} cells wrong"
             if good and (detour := (said != x).sum() - to_find):
                 words += f"; {detour} cells longer than a shortest path"
             if to_find > (most := facts["longest"]):
                 words += f"; {to_find} cells to find, at most {most} in training"
-            if cfg.task == "sudoku" and not other_solutions(*flat).equal(flat[1]):
-                words += "; several solutions"
+            words += "; several solutions" * more
             if cfg.steps_shown or len(every) == 1:
                 frames = frames_of(model, x, asked, steps)
                 for caption, now in [*frames, (words, said)]:
