@@ -427,9 +427,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
         run.averaged.update_parameters(model)
         run.rows = [*puzzles, s + 1, u, y.detach(), z.detach()]  # no gradient crosses steps
 
-        to_do = torch.where(
-            run.done, 0, (1 - s / cfg.n_sup).clamp(min=0)
-        ).sum()  # of the puzzles in the batch
+        to_do = ((1 - s / cfg.n_sup).clamp(min=0) * ~run.done).sum()  # of the puzzles in the batch
         finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.step / length
         spent, before = time.perf_counter() - began, run.share
         run.share = spent / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
@@ -508,10 +506,15 @@ def grid(cells: torch.Tensor) -> torch.Tensor:
     return cells if cells.ndim == 3 else cells.unflatten(1, [math.isqrt(cells.shape[1])] * 2)
 
 
+def around(cells: torch.Tensor) -> torch.Tensor:
+    """What the cells above, left of, right of and below each cell hold: [N, H, W] -> [4, N, H, W]."""
+    m = F.pad(cells, (1, 1, 1, 1))
+    return torch.stack([m[:, :-2, 1:-1], m[:, 1:-1, :-2], m[:, 1:-1, 2:], m[:, 2:, 1:-1]])
+
+
 def neighbours(mask: torch.Tensor) -> torch.Tensor:
     """How many of each cell's four neighbours are set: [N, H, W] bool -> [N, H, W] uint8."""
-    m = F.pad(mask.to(torch.uint8), (1, 1, 1, 1))
-    return m[:, :-2, 1:-1] + m[:, 2:, 1:-1] + m[:, 1:-1, :-2] + m[:, 1:-1, 2:]
+    return around(mask.to(torch.uint8)).sum(0, dtype=torch.uint8)
 
 
 def flood(reached: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
@@ -930,12 +933,6 @@ def solve_queens(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     return Puzzles(x, y, x, ((y != x).cumsum(1) * (y != x)).to(torch.int16))
 
 
-def around(cells: torch.Tensor) -> torch.Tensor:
-    """What the cells above, left of, right of and below each cell hold: [N, H, W] -> [4, N, H, W]."""
-    m = F.pad(cells, (1, 1, 1, 1))
-    return torch.stack([m[:, :-2, 1:-1], m[:, 1:-1, :-2], m[:, 1:-1, 2:], m[:, 2:, 1:-1]])
-
-
 def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     """As `solve_mazes`, also with loops: a shortest path remains. x and y [N, L] or [N, H, W].
 
@@ -950,10 +947,11 @@ def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
         when[more] = when.max() + 1
     last = when.amax((1, 2), keepdim=True) + 1
     when = torch.where(when > 0, when, last)
-    came = around(when) == when - 1
+    near = around(when)
+    came = near == when - 1
     came &= came.cumsum(0) == 1
     tree = came | torch.stack([around(came[3 - k])[k] for k in range(4)])  # from there, or to there
-    until = torch.where(tree, 9999, torch.maximum(around(when), when))
+    until = torch.where(tree, 9999, torch.maximum(near, when))
     for done in itertools.count(1):
         dead = left & way & ((around(left) & (until > done + 1)).sum(0) <= 1)
         if not dead.any() and (done > last).all():
