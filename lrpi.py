@@ -1320,17 +1320,17 @@ def seal(content: dict) -> str:
 
 
 def write(path: Path, content) -> None:
-    """Write a .png figure, or for `read` a dict (.json, .pt), or a text; a full disk leaves the old file."""
+    """Write a text, a figure, or for `read` a dict (as .pt, else JSON); a full disk leaves the old file."""
     file, beside = io.BytesIO(), path.with_name(f".{os.getpid()}-{path.name}")
-    if path.suffix == ".png":
+    if isinstance(content, str):
+        file.write(content.encode())
+    elif not isinstance(content, dict):
         content.savefig(file, format="png")
     elif path.suffix == ".pt":
         torch.save(content | {"seal": seal(content)}, file)
-    elif isinstance(content, dict):
+    else:
         content = json.loads(json.dumps(content), parse_constant=str)  # JSON has no inf and nan
         file.write(json.dumps(content | {"seal": seal(content)}, indent=1).encode())
-    else:
-        file.write(content.encode())
     with naming(path, "a place to write to"):
         try:
             beside.write_bytes(file.getvalue())

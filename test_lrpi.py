@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1765, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1764, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -794,9 +794,9 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
     text, answers = TWO[task]
     data = ("\N{BYTE ORDER MARK}" + text).encode()
     Path("p.txt").write_bytes(data.replace(b"\n", b"\r\n"))
-    line = f"--task {task} --checkpoint m.pt --answers a.txt --solve"
+    line = f"--task {task} --checkpoint m.pt --answers a.png --solve"
     assert command(f"{line} p.txt") == 1 and "0 of 2 solved" in capsys.readouterr().out, "an untrained model"
-    assert Path("a.txt").read_text() == "\n\n"
+    assert Path("a.png").read_text() == "\n\n"
     monkeypatch.setattr(lrpi, "rollout", rollout)
     for source in ("- --steps-shown", "p.txt --steps-shown --out o"):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
@@ -807,7 +807,7 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
         for block, (answer, cells) in zip(blocks[3::4], answers, strict=True):
             assert block[0].endswith(f", try 1; {cells} cells to find, at most 0 in training")
             assert "".join(block[1:]).startswith(answer)
-        assert Path("a.txt").read_text().split("\n") == [*(answer for answer, _ in answers), ""]
+        assert Path("a.png").read_text().split("\n") == [*(answer for answer, _ in answers), ""]
     assert len(contents("o")) == 2
     Path("p.txt").write_text("." * 81)
     assert task != "sudoku" or command(f"{line} p.txt") == 0 and "several" in capsys.readouterr().out
@@ -1196,5 +1196,4 @@ def test_every_exercise_waits_for_an_answer_and_takes_the_right_one(tutorial):
             namespace[f"check_{number}"]()
     for number, solution in SOLUTIONS:
         exec(compile(solution, f"solution {number}", "exec"), own := dict(namespace))  # noqa: S102
-        check = types.FunctionType(namespace[f"check_{number}"].__code__, own)
-        check()
+        types.FunctionType(namespace[f"check_{number}"].__code__, own)()
