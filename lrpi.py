@@ -894,9 +894,10 @@ def naming(path, what: str):
 
 def make_sudokus(count: int, size: int = 9, split: str = "train", seed: int = 0, blanks: int = 0) -> Puzzles:
     """`count` sudokus with 1 to `blanks` empty cells (0: no limit): views of at most 60 minimal ones."""
-    generator, zero = torch.Generator().manual_seed(seed), torch.zeros(200, size**2, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: other_solutions(*torch.zeros(2, n, size**2).byte(), generator)  # noqa: E731
     key = sudoku_kind if size > 4 else torch.clone  # decides the split; of size 4, there are only two kinds
-    y = draw_split(min(count, 60), size, split, lambda n: other_solutions(zero[:n], zero[:n], generator), key)
+    y = draw_split(min(count, 60), size, split, draw, key)
     x, rows = minimal(y, generator), torch.arange(count) % len(y)
     view = sudoku_views(count, (size, size), generator)
     x, y = (look(cells[rows], *view) for cells in (x, y))
