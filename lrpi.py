@@ -91,7 +91,7 @@ def lecun_(weight: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(h: torch.Tensor) -> torch.Tensor:
     """Scale h to mean square 1 along the last axis; F.rms_norm would round otherwise than TRM's code does."""
-    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+    return h * torch.rsqrt(h.square().sum(-1, keepdim=True) / h.shape[-1] + 1e-5)  # faster than mean
 
 
 def log_stable(v: torch.Tensor) -> torch.Tensor:
@@ -269,7 +269,7 @@ def best_guidance(logits_u, logits_c, y) -> float:
     if not (rises and falls):
         return math.inf if rises else -math.inf if falls else math.nan
     low, high = -math.pi / 2, math.pi / 2  # bisection in atan(w): all real w; L is convex
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         rising = margin(l_u, l_c, y, math.tan(middle)).sum() < 0
         low, high = (low, middle) if rising else (middle, high)
@@ -315,9 +315,13 @@ def replace_at_random(puzzles, s, u, cfg) -> torch.Tensor:
 
 def edits(puzzles, s, u, cfg) -> torch.Tensor:
     """A solver's answer after pace * s of its rounds (in mazes, each fills the dead ends); at N_sup, y*."""
-    _, y, draft, order = puzzles  # the answer before the first round; the round that sets a cell to y*
-    rounds = torch.where(s < cfg.n_sup, cfg.pace * s, order.max())
-    return torch.where(order <= rounds[:, None], y, draft)  # same work at every step: one map serves all
+    _, y, draft, order, *between = (
+        puzzles  # the answer before the first round; the round that sets a cell to y*
+    )
+    rounds = torch.where(s < cfg.n_sup, cfg.pace * s, order.max())[:, None]
+    if between:  # cells may change twice: to a mark, and to y*
+        draft = torch.where(between[1] <= rounds, between[0], draft)
+    return torch.where(order <= rounds, y, draft)  # same work at every step: one map serves all
 
 
 TARGETS = {"final": final, "reveal": reveal, "mask": mask, "replace": replace_at_random, "edits": edits}
@@ -453,9 +457,11 @@ class Puzzles:
     y: torch.Tensor  # [N, L] uint8, the solution y*
     draft: torch.Tensor  # [N, L] uint8, the solver's answer before its first round
     order: torch.Tensor  # [N, L] int16, the round that gave a cell its value in y; 0: draft and y agree
+    mark: torch.Tensor | None = None  # [N, L] uint8, the value that a cell may have between draft and y
+    since: torch.Tensor | None = None  # [N, L] int16, the round that gave it
 
     def __iter__(self):
-        return iter((self.x, self.y, self.draft, self.order))
+        return (t for t in vars(self).values() if t is not None)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -540,7 +546,7 @@ def solve_mazes(x: torch.Tensor) -> Puzzles:
 
 def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """Which answers to x ([B, L] or [B, H, W]) are x with one path from start to goal marked: [B] bool."""
-    asked, said = grid(x), grid(answer)
+    asked, said = grid(x), grid(answer).clamp(max=PATH)
     unchanged = (said == asked) | (said == PATH) & (asked == OPEN)
     on = (said == PATH) | (said == START) | (said == GOAL)
     line = ~on | (neighbours(on) == torch.where(said == PATH, 2, 1))  # marked neighbours: 2, at the ends 1
@@ -934,12 +940,13 @@ def solve_queens(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
     return Puzzles(x, y, x, ((y != x).cumsum(1) * (y != x)).to(torch.int16))
 
 
-def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
+def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None, marks=False) -> Puzzles:
     """As `solve_mazes`, also with loops: a shortest path remains. x and y [N, L] or [N, H, W].
 
     A flood from the start, one cell a round, cuts the loops: each cell keeps the way to the first of the
     neighbours that the flood came from, and the others are cut once it has reached both sides. If y is given,
-    one last round sets the cells that differ from it.
+    one last round sets the cells that differ from it. marks: cells that the flood has reached, and the path,
+    are PATH + k, where k is the distance from the start modulo 3: it tells from which side the flood came.
     """
     maze = grid(x)
     way, left, order = maze == OPEN, maze != WALL, torch.zeros_like(maze, dtype=torch.int16)
@@ -959,10 +966,13 @@ def solve_any_mazes(x: torch.Tensor, y: torch.Tensor | None = None) -> Puzzles:
             break
         order[dead] = done
         left = left & ~dead
-    draft, path = (torch.where(marked, PATH, maze).to(torch.uint8) for marked in (way, way & left))
-    y = path if y is None else grid(y)
+    distance = torch.where(when == last, 9999, when - 2).to(torch.int16)
+    draft, mark = torch.where(way, PATH, maze), torch.where(way, PATH + marks * (distance % 3), maze)
+    path, order = torch.where(left, mark, maze), torch.where(way & left & marks, distance, order)
+    y = path if y is None else torch.where(grid(y) == PATH, mark, grid(y))
     order = torch.where(y == path, order, order.amax((1, 2), keepdim=True) + 1)
-    return Puzzles(*(t.flatten(1) for t in (x, y, draft, order)))
+    x, y, draft, mark = (t.to(torch.uint8).flatten(1) for t in (x, y, draft, mark))
+    return Puzzles(x, y, draft, order.flatten(1), *((mark, distance.flatten(1)) if marks else ()))
 
 
 def add_loops(x: torch.Tensor, loops: float, generator: torch.Generator) -> torch.Tensor:
@@ -983,13 +993,15 @@ def add_loops(x: torch.Tensor, loops: float, generator: torch.Generator) -> torc
     return torch.where(kind < loops, new, x)[(kind >= loops)[:, 0] | reached.any(1)]
 
 
-def make_any_mazes(count: int, size: int = 11, split: str = "train", seed: int = 0, loops=0.0) -> Puzzles:
+def make_any_mazes(
+    count: int, size: int = 11, split: str = "train", seed: int = 0, loops=0.0, marks=False
+) -> Puzzles:
     """As `make_mazes`, with loops or obstacles in a share `loops` of the mazes. Walls decide the split."""
-    if not loops:
+    if not (loops or marks):
         return make_mazes(count, size, split, seed)
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: add_loops(carve(n, size, generator), loops, generator)  # noqa: E731
-    return solve_any_mazes(draw_split(count, size, split, draw, lambda x: x == WALL))
+    return solve_any_mazes(draw_split(count, size, split, draw, lambda x: x == WALL), None, marks)
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
@@ -1009,7 +1021,7 @@ class Task(NamedTuple):
     alias: dict = str.maketrans("%X10.sAPgEBF", "###  SSSGGGG")  # other characters for them
     colours: dict = MAZE  # {token's name: colour}; the last is that of all further tokens
     glyphs: str = ""  # what figures write into the cells
-    options: tuple = ("loops",)  # the fields of `Config` that `make` takes
+    options: tuple = ("loops", "marks")  # the fields of `Config` that `make` takes
     defaults: dict = {}  # what the task changes of Config's defaults
 
 
@@ -1069,9 +1081,9 @@ def csv_rows(path: Path):
             yield reader.line_num, row[ask] or "", row[say] or ""
 
 
-def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: int) -> Puzzles:
+def read_csv(path: Path, cfg, split: str, count: int, seed: int) -> Puzzles:
     """`count` puzzles of a CSV file, or all there are; for training in random symmetric views, as often."""
-    rows = [*csv_rows(path)]
+    rows, task, size, marks = [*csv_rows(path)], TASKS[cfg.task], cfg.size, (cfg.marks,) * cfg.marks
     if split != "test":  # valid: one row in 16 of train.csv, by a checksum of the question
         rows = [row for row in rows if (zlib.crc32(row[1].encode()) % 16 < 1) == (split == "valid")]
     rows = random.Random(seed).sample(rows, min(count, len(rows)))
@@ -1082,7 +1094,7 @@ def read_csv(path: Path, task: Task, size: int, split: str, count: int, seed: in
     if split == "train":
         chosen, view = torch.arange(count) % len(x), task.views(count, (size, size))
         x, y = (look(cells[chosen], *view) for cells in (x, y))
-    parts = [task.solve(*part) for part in zip(x.split(5000), y.split(5000), strict=True)]
+    parts = [task.solve(*part, *marks) for part in zip(x.split(5000), y.split(5000), strict=True)]
     return Puzzles(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -1239,6 +1251,7 @@ class Config(TrainConfig):
     size: int = 11  # side of the grid in cells; in a maze, every second cell is a room [4, 61]
     blanks: int = 0  # sudoku: maximum number of empty cells; 0: as many as leave one solution [0, 64]
     loops: float = 0.0  # maze: share of mazes with walls opened at random, or of random obstacles [0, 1]
+    marks: bool = False  # maze: answers tell the distance from the start, modulo 3; on with --loops
     data: str = ""  # folder with train.csv and test.csv (columns question, answer) to use instead
     train_size: int = 20000  # maximum number of distinct training puzzles [1, 1e8]
     pick: int = 2  # generate this many per training puzzle and keep the longest solution [1, 100]
@@ -1279,7 +1292,8 @@ OPTIONS = {  # {name: (help, lowest, highest value)}, from the sources of the da
     )
 }
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
-SPENT = ("passes", "params", "examples_seen", "train_passes", "train_seconds")
+SPENT = ("passes", "params", "examples_seen", "train_seconds")
+RECORD = ("exact", "margin", "by_rounds", "tries", "curve", *SPENT)  # what compare.json keeps of a run
 SETTLED = stopping("change", 0.01)  # where --solve and --tries stop thinking
 
 
@@ -1291,7 +1305,7 @@ def flag(name: str) -> str:
 def configure(**given) -> Config:
     """The configuration for a task, with the scheme applied, and all `given` on top. Raises `UserError`."""
     task = TASKS[given.get("task", "maze")]
-    values = {"scheme": "dis", **task.defaults}
+    values = {"scheme": "dis", "marks": given.get("loops", 0) > 0, **task.defaults}
     if given.get("data"):
         with naming(path := Path(given["data"]) / "train.csv", "a CSV file with puzzles"):
             values |= {"size": math.isqrt(len(next(csv_rows(path))[1])), "pick": 1}
@@ -1304,13 +1318,15 @@ def configure(**given) -> Config:
         ("kernel", cfg.kernel % 2, "odd"),
         ("heads", cfg.mixer != "attention" or not cfg.width % (2 * cfg.heads), "half a divisor of --width"),
         ("halt", cfg.halt != "head" or cfg.act, "used with --act, which trains the head"),
+        ("halt", cfg.halt == "off" or not cfg.compare, "used without --compare"),
         ("blanks", not cfg.blanks or "blanks" in task.options, "used with --task sudoku"),
         ("loops", not cfg.loops or "loops" in task.options, "used with --task maze"),
+        ("marks", not cfg.marks or "marks" in task.options, "used with --task maze"),
         ("batch_size", cfg.batch_size % RANKS == 0, f"a multiple of the {RANKS} processes"),
     ):
         if not good:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be {allowed}")
-    vocab = len(task.letters[: cfg.size + 1]) + (cfg.target == "mask")
+    vocab = len(task.letters[: cfg.size + 1]) + 2 * cfg.marks + (cfg.target == "mask")
     return replace(cfg, vocab=vocab, shape=(cfg.size, cfg.size))
 
 
@@ -1395,7 +1411,7 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
     task, parts, began = TASKS[cfg.task], [], time.monotonic()
     if cfg.data:
         path = Path(cfg.data) / ("test.csv" if split == "test" else "train.csv")
-        return read_csv(path, task, cfg.size, split, count, seed)
+        return read_csv(path, cfg, split, count, seed)
     pick, chunk = cfg.pick if split == "train" else 1, max(1, 240_000 // cfg.size**2)
     given = {name: getattr(cfg, name) for name in task.options}
     for k, done in enumerate(range(0, count, chunk)):
@@ -1417,7 +1433,7 @@ def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, b
     # each of N processes trains on every Nth puzzle, with 1 / N of the batch and its own noise
     count = cfg.train_size if cfg.budget_seconds else min(cfg.train_size, cfg.examples + cfg.batch_size)
     data = make_puzzles(cfg, count, "train", cfg.seed)[RANK::RANKS].to(model.y0.device)
-    valid = make_puzzles(cfg, min(200, cfg.test_size), "valid").to(model.y0.device)
+    valid = make_puzzles(cfg, max(1, min(200, cfg.test_size // 5)), "valid").to(model.y0.device)
     facts = {"curve": content["curve"], "longest": (data.x != data.y).sum(1).max().item()}
 
     def watch(run: SimpleNamespace, loss: float | None) -> bool:
@@ -1486,7 +1502,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
         cell, new = (t.expand(len(rows), -1) for t in view)
         asked = look(x[rows].flatten(1), cell, new).to(device)
         found, taken = answer(model, asked, steps, SETTLED)
-        said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1))
+        said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1)).clamp(max=len(task.letters) - 1)
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
         accepted[rows[task.solved(x[rows], said[rows].view_as(x[rows]))]] = len(passes)
     return said.view_as(x), accepted, passes  # answers, the try that was accepted (0: none), of each try
@@ -1497,7 +1513,8 @@ def frames_of(model: LoopedModel, x: torch.Tensor, asked: torch.Tensor, steps) -
     frames, task = [("puzzle", x)], TASKS[model.cfg.task]
     seen = asked.reshape(1, -1).to(model.y0.device)
     for s, step in enumerate(rollout(resized(model, asked.shape), seen, steps), 1):
-        now = outside(x, step.logits_c.argmax(-1).view_as(asked).to(x))
+        said = step.logits_c.argmax(-1).clamp(max=len(task.letters) - 1)  # marks are shown as the path
+        now = outside(x, said.view_as(asked).to(x))
         solved = "solved" if task.solved(x[None], now[None]) else "not solved"
         frames.append((f"step {s}: {solved}, {(now != frames[-1][1]).sum()} changed", now))
         if SETTLED(model, step):
@@ -1527,33 +1544,21 @@ def print_results(found: dict, longer: dict) -> None:
         print(f"{f'{size} x {size}':18}", *(f"{of['exact'][s - 1]:6.1%}" for s in shown))
 
 
-def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
-    """Diagnose a model; print, draw and write what was found."""
+def explain(model: LoopedModel, test: Puzzles, steps, out: Path) -> dict:
+    """What `diagnose` finds, also on larger puzzles ("thinking"); printed and drawn."""
     cfg, device, task, longer = model.cfg, model.y0.device, TASKS[model.cfg.task], {}
-    test = make_puzzles(cfg, cfg.test_size, "test").to(device)
     valid = make_puzzles(cfg, min(cfg.test_size, max(20, 60_000 // cfg.size**2)), "valid", 1).to(device)
     print(f"evaluating on {len(test)} test and {len(valid)} validation puzzles", flush=True)
-    steps = range(1, (cfg.think or cfg.n_sup) + 1)
     found = diagnose(model, test, valid, task.solved, steps)
     larger = () if cfg.mixer == "mlp" or cfg.data else (21, 31)
     for s in (cfg.size, *(s for s in larger if cfg.size < s and s in task.sizes)):
         count = max(5, min(24_000, test.x.numel()) // s**2)
         some = make_puzzles(replace(cfg, size=s), count, "test").to(device)
-        longer[s] = evaluate(resized(model, (s, s)), some, task.solved, range(1, 4 * cfg.n_sup + 1))
+        longer[s] = evaluate(
+            resized(model, (s, s)), some, task.solved, range(1, 4 * cfg.n_sup + 1), scores={}
+        )
         longer[s]["puzzles"] = len(some)
     print_results(found, longer)
-    if cfg.tries > 1:
-        _, accepted, passes = attempts(model, grid(test.x.cpu()), steps, cfg.tries)
-        print("\ntries   solved  passes (mean)")
-        for k in sorted({2**i for i in range(10) if 2**i < cfg.tries} | {cfg.tries}):
-            exact = ((accepted > 0) & (accepted <= k)).double().mean()
-            print(f"{k:5}  {exact:7.1%}  {sum(passes[:k]) / len(test):13.1f}")
-    params = sum(p.numel() for p in model.parameters())
-    exact, passes = found["halting"].get(cfg.halt, found["halting"]["none"]).values()
-    how = f"{round(passes, 1):g} forward passes each" + f" (--halt {cfg.halt}, mean)" * (cfg.halt != "off")
-    print(f"\n{exact:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters")
-    if found["label"] != found["exact"]:
-        print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
     if cfg.figures:
         write(out / "diagnosis.png", draw_diagnosis(found, longer))
         work = test.order.amax(1) + (test.x != test.y).sum(1)  # rounds of the solver, cells to find
@@ -1562,19 +1567,56 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
         frames = [*frames_of(model, x, x, steps), ("solution", y)]
         title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
         write(out / "solution.png", draw_frames(task, frames, title))
-    for of in (found, *longer.values()):
+    for of in longer.values():
         del of["each"]
+    return found | {"thinking": longer}
+
+
+def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
+    """Evaluate a model, and unless it is one of --compare, `explain` it; print and write what was found."""
+    cfg, task = model.cfg, TASKS[model.cfg.task]
+    test = make_puzzles(cfg, cfg.test_size, "test").to(model.y0.device)
+    steps = range(1, (cfg.think or cfg.n_sup) + 1)
+    found = evaluate(model, test, task.solved, steps) if cfg.compare else explain(model, test, steps, out)
+    exact, passes, solved = found["exact"][-1], found["passes"], found.pop("each")["exact"][:, -1]
+    if cfg.halt != "off" and not cfg.compare:
+        exact, passes = found["halting"][cfg.halt].values()
+    if cfg.tries > 1:
+        _, accepted, spent = attempts(model, grid(test.x.cpu()), steps, cfg.tries)
+        print("\ntries   solved  passes (mean)")
+        found["tries"] = {}  # {number of tries: (share solved, mean passes)}
+        for k in sorted({2**i for i in range(10) if 2**i < cfg.tries} | {cfg.tries}):
+            share = ((accepted > 0) & (accepted <= k)).double().mean().item()
+            found["tries"][k] = share, sum(spent[:k]) / len(test)
+            print(f"{k:5}  {share:7.1%}  {found['tries'][k][1]:13.1f}")
+    rounds = test.order.amax(1).cpu()  # that the solver needs
+    each = ((r, solved[rounds == r]) for r in rounds.unique().tolist())
+    found["by_rounds"] = {r: (some.mean().item(), len(some)) for r, some in each}  # share solved, puzzles
+    params = sum(p.numel() for p in model.parameters())
+    how = f"{round(passes, 1):g} forward passes each" + f" (--halt {cfg.halt}, mean)" * (cfg.halt != "off")
+    print(f"\n{exact:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters")
+    if found["label"] != found["exact"]:
+        print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
     metrics = {name: getattr(cfg, name) for name in ("task", "scheme", "size", "seed")} | {"params": params}
-    metrics |= {"device": str(device), "torch": torch.__version__, **facts, **found, "thinking": longer}
+    metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **found}
     metrics |= {"config": asdict(cfg), "total_seconds": round(time.perf_counter() - began, 2)}
     write(out / "metrics.json", metrics)
     print(f"{metrics['total_seconds']:.0f} s in all; results are in {out}")
 
 
+def interval_of_few(values: torch.Tensor) -> torch.Tensor:
+    """Means of values [A, K] with Student's 95% interval [A, 3]: mean, low, high. Of one value: no bounds."""
+    mean, K, reach = values.mean(1), values.shape[1], math.inf
+    if K > 1:
+        draws = torch.randn(200_000, K, generator=torch.Generator().manual_seed(0)).double()
+        reach = (draws.mean(1) / draws.std(1)).abs().quantile(0.95) * values.std(1)
+    return torch.stack([mean, mean - reach, mean + reach], 1)
+
+
 def compare(given: dict, interrupts: list) -> int:
     """Run all that --compare names, unless the results are there; print and write a table. The exit code."""
     arms, found = {}, {}
-    for name in given.pop("compare").split(","):
+    for name in given["compare"].split(","):
         own = parse([f"--{part}" for part in f"scheme={name}".split("+")])
         if (shared := own.keys() & {"task", "seed", *AT_EVALUATION}) or name in arms:
             raise UserError(f"--compare {name}: must not stand twice, or have {[*map(flag, shared)]}")
@@ -1584,20 +1626,25 @@ def compare(given: dict, interrupts: list) -> int:
     for k, (name, cfg) in itertools.product(range(last.seeds), arms.items()):
         out = folder / f"{name}-{cfg.seed + k}"
         halfway, path = (out / "training.pt").exists(), out / "metrics.json"
-        cfg = replace(cfg, seed=cfg.seed + k, out=str(out), resume=halfway, figures=False)
+        cfg = replace(cfg, seed=cfg.seed + k, out=str(out), resume=halfway)
         if (halfway or not path.exists()) and (code := learn(cfg, interrupts)):
             return code
         run = read(path, "a run of this command, or be removed", asdict(cfg), ELSEWHERE)
-        run = {key: run[key] for key in ("exact", "curve", "verdict", "config", *SPENT)}
-        found.setdefault(name, []).append(run)
-    print("\nsolved, least to most    passes     params  examples  passes in training  seconds  scheme")
-    line = "{:6.1%}, {:6.1%} to {:6.1%}  {:6}  {:9,}  {:8}  {:18}  {:7.0f}  {}"
-    for name, runs in found.items():
-        exact = [run["exact"][-1] for run in runs]
+        run["curve"] = [at["exact"] for at in run["curve"]]
+        found.setdefault(name, []).append({key: run[key] for key in RECORD if key in run})
+    exact = torch.tensor(
+        [[run["exact"][-1] for run in runs] for runs in found.values()]
+    ).double()  # [arms, seeds]
+    gaps = interval_of_few(exact - exact[0]).tolist()  # seed by seed, from the first arm
+    print("\nsolved, least to most  less the first, 95%      passes     params  examples  seconds  scheme")
+    line = "{:6.1%} {:6.1%} {:6.1%}  {:+6.1%} {:+6.1%} {:+6.1%}   {:6}  {:9,}  {:8}  {:7.0f}  {}"
+    for (name, runs), values, gap in zip(found.items(), exact, gaps, strict=True):
         medians = [sorted(run[key] for run in runs)[len(runs) // 2] for key in SPENT]
-        print(line.format(sum(exact) / len(runs), min(exact), max(exact), *medians, name))
+        print(line.format(values.mean(), values.min(), values.max(), *gap, *medians, name))
     if not RANK:
-        write(folder / "compare.json", {"task": last.task, "torch": torch.__version__, "arms": found})
+        gaps = dict(zip(found, gaps, strict=True))
+        more = {"options": given, "torch": torch.__version__, "gaps": gaps, "arms": found}
+        write(folder / "compare.json", more)
     return 0
 
 
