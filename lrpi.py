@@ -315,11 +315,9 @@ def replace_at_random(puzzles, s, u, cfg) -> torch.Tensor:
 
 def edits(puzzles, s, u, cfg) -> torch.Tensor:
     """A solver's answer after pace * s of its rounds (in mazes, each fills the dead ends); at N_sup, y*."""
-    _, y, draft, order, *between = (
-        puzzles  # the answer before the first round; the round that sets a cell to y*
-    )
+    _, y, draft, order, *between = puzzles  # order: the round that sets a cell to y*
     rounds = torch.where(s < cfg.n_sup, cfg.pace * s, order.max())[:, None]
-    if between:  # cells may change twice: to a mark, and to y*
+    if between:  # cells change twice: from the round `since`, they carry a mark
         draft = torch.where(between[1] <= rounds, between[0], draft)
     return torch.where(order <= rounds, y, draft)  # same work at every step: one map serves all
 

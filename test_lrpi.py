@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1764, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1811, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -588,6 +588,11 @@ def test_verdicts_on_steps_built_to_improve_do_nothing_or_harm_and_their_interva
     for of, (low, high) in zip(values.T.tolist(), lrpi.intervals(values), strict=True):
         means = sorted(sum(rng.choices(of, k=200)) / 200 for _ in range(4000))  # 98.33% each, as by hand
         assert abs(low - means[33]) + abs(high - means[-34]) < 0.2 * (high - low)
+    for K, t in ((2, 12.706), (3, 4.3027), (5, 2.7764), (10, 2.2622)):  # Student's, within 2%
+        few, signs = torch.rand(4, K, generator=generator(K)).double(), torch.tensor([[0], [-1], [1]])
+        want = (few.mean(1) + signs * t * few.std(1) / K**0.5).T
+        assert torch.allclose(lrpi.interval_of_few(few), want, rtol=0, atol=0.02 * t * few.std().item())
+    assert lrpi.interval_of_few(few[:, :1]).isinf().sum() == 8, "one value says nothing of the spread"
 
 
 @pytest.mark.parametrize("rule", ["kl", "change", "head"])
@@ -746,16 +751,6 @@ def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(ca
         )
     assert command(f"{BRIEF} --examples 80 --scheme {ARMS[1].replace('+', ' --')} --out a") == 0
     assert same(weights("a"), weights(f"o/{names[1]}")), "as if it had not been interrupted"
-
-
-@pytest.mark.parametrize(("K", "t"), [(2, 12.706), (3, 4.3027), (5, 2.7764), (10, 2.2622)])
-def test_intervals_of_few_values_are_those_of_student(K, t):
-    values = torch.rand(4, K, generator=generator(K)).double()
-    expected = values.mean(1) + t * values.std(1) / K**0.5 * torch.tensor([[0], [-1], [1]])
-    assert torch.allclose(
-        lrpi.interval_of_few(values), expected.T, rtol=0, atol=0.02 * t * values.std().item()
-    )
-    assert lrpi.interval_of_few(values[:, :1]).isinf().sum() == 8  # one value says nothing of the spread
 
 
 # --- Puzzles of your own: text and CSV files ----------------------------------------------------------------
@@ -1137,13 +1132,11 @@ STREAMS = "\n".join("".join(o.get("text", "")) for outputs in STORED.values() fo
 @pytest.fixture(scope="module")
 def tutorial():
     """The namespace after the last cell, and {cell: (what it printed, how many figures it opened)}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     threads, namespace, left = torch.get_num_threads(), {"__name__": "__main__"}, {}
-    with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context(), warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, plt.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("LRPI_QUICK", "1")
         patch.chdir(HERE)
