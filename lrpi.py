@@ -1491,13 +1491,17 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     """Propose and verify: solve x [N, H, W] (on the CPU) in view after view, until an answer is accepted."""
     task, model, device, passes = TASKS[model.cfg.task], resized(model, x.shape[1:]), model.y0.device, []
-    views = task.views(tries, tuple(x.shape[1:]), torch.Generator().manual_seed(0))  # the same in every run
+    generator, start = torch.Generator().manual_seed(0), torch.stack([model.y0, model.z0]).cpu()
+    views = task.views(tries, tuple(x.shape[1:]), generator)  # the same in every run
     for t in views:
         t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
     said, accepted = x.flatten(1).clone(), torch.zeros(len(x), dtype=torch.long)
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
+        if len(passes) >= 8 and task.views is grid_views:  # there are no more: start elsewhere
+            noise = torch.randn(2, cell.shape[1], start.shape[1], generator=generator)
+            model.y0, model.z0 = (start[:, None] + model.cfg.noise * noise).to(device)
         asked = look(x[rows].flatten(1), cell, new).to(device)
         found, taken = answer(model, asked, steps, SETTLED)
         said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1)).clamp(max=len(task.letters) - 1)
