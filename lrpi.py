@@ -991,9 +991,7 @@ def add_loops(x: torch.Tensor, loops: float, generator: torch.Generator) -> torc
     return torch.where(kind < loops, new, x)[(kind >= loops)[:, 0] | reached.any(1)]
 
 
-def make_any_mazes(
-    count: int, size: int = 11, split: str = "train", seed: int = 0, loops=0.0, marks=False
-) -> Puzzles:
+def make_any_mazes(count: int, size=11, split="train", seed=0, loops=0.0, marks=False) -> Puzzles:
     """As `make_mazes`, with loops or obstacles in a share `loops` of the mazes. Walls decide the split."""
     if not (loops or marks):
         return make_mazes(count, size, split, seed)
@@ -1555,10 +1553,11 @@ def explain(model: LoopedModel, test: Puzzles, steps, out: Path) -> dict:
     larger = () if cfg.mixer == "mlp" or cfg.data else (21, 31)
     for s in (cfg.size, *(s for s in larger if cfg.size < s and s in task.sizes)):
         count = max(5, min(24_000, test.x.numel()) // s**2)
-        some = make_puzzles(replace(cfg, size=s), count, "test").to(device)
-        longer[s] = evaluate(
-            resized(model, (s, s)), some, task.solved, range(1, 4 * cfg.n_sup + 1), scores={}
+        some, times = (
+            make_puzzles(replace(cfg, size=s), count, "test").to(device),
+            range(1, 4 * cfg.n_sup + 1),
         )
+        longer[s] = evaluate(resized(model, (s, s)), some, task.solved, times, scores={})
         longer[s]["puzzles"] = len(some)
     print_results(found, longer)
     if cfg.figures:
@@ -1581,7 +1580,7 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
     steps = range(1, (cfg.think or cfg.n_sup) + 1)
     found = evaluate(model, test, task.solved, steps) if cfg.compare else explain(model, test, steps, out)
     exact, passes, solved = found["exact"][-1], found["passes"], found.pop("each")["exact"][:, -1]
-    if cfg.halt != "off" and not cfg.compare:
+    if cfg.halt != "off":
         exact, passes = found["halting"][cfg.halt].values()
     if cfg.tries > 1:
         _, accepted, spent = attempts(model, grid(test.x.cpu()), steps, cfg.tries)
@@ -1634,9 +1633,8 @@ def compare(given: dict, interrupts: list) -> int:
         run = read(path, "a run of this command, or be removed", asdict(cfg), ELSEWHERE)
         run["curve"] = [at["exact"] for at in run["curve"]]
         found.setdefault(name, []).append({key: run[key] for key in RECORD if key in run})
-    exact = torch.tensor(
-        [[run["exact"][-1] for run in runs] for runs in found.values()]
-    ).double()  # [arms, seeds]
+    exact = [[run["exact"][-1] for run in runs] for runs in found.values()]
+    exact = torch.tensor(exact).double()  # [arms, seeds]
     gaps = interval_of_few(exact - exact[0]).tolist()  # seed by seed, from the first arm
     print("\nsolved, least to most  less the first, 95%      passes     params  examples  seconds  scheme")
     line = "{:6.1%} {:6.1%} {:6.1%}  {:+6.1%} {:+6.1%} {:+6.1%}   {:6}  {:9,}  {:8}  {:7.0f}  {}"
