@@ -288,11 +288,6 @@ def share(s: torch.Tensor, cfg) -> torch.Tensor:
     return ((s / cfg.n_sup).clamp(max=1) ** cfg.power)[:, None]
 
 
-def final(puzzles, s, u, cfg) -> torch.Tensor:
-    """y†_s = y* at every step, as in TRM."""
-    return [*puzzles][1]
-
-
 def reveal(puzzles, s, u, cfg) -> torch.Tensor:
     """The puzzle with a share of its differences from y* revealed, rounded down, in one random order."""
     x, y, *_ = puzzles
@@ -322,7 +317,8 @@ def edits(puzzles, s, u, cfg) -> torch.Tensor:
     return torch.where(order <= rounds, y, draft)  # same work at every step: one map serves all
 
 
-TARGETS = {"final": final, "reveal": reveal, "mask": mask, "replace": replace_at_random, "edits": edits}
+TARGETS = {"reveal": reveal, "mask": mask, "replace": replace_at_random, "edits": edits}
+TARGETS["final"] = lambda puzzles, s, u, cfg: [*puzzles][1]  # y* at every step, as in TRM
 
 # ------------------------------------------------------------------------------------------------------------
 # §4  Training (paper section 5): one loop for every scheme
@@ -579,6 +575,7 @@ class Step(NamedTuple):
     """What a latent step leaves behind, for the B puzzles that are still in the batch."""
 
     rows: torch.Tensor  # [B], their rows in the batch that the rollout started with
+    x: torch.Tensor  # [B, L], the puzzles
     logits_u: torch.Tensor  # [B, L, V], the readout before the step
     logits_c: torch.Tensor  # [B, L, V], the readout after it
     y: torch.Tensor  # [B, L, D]
@@ -592,7 +589,7 @@ def rollout(model: LoopedModel, x: torch.Tensor, steps=None, stop=None):
     for s in steps or range(1, model.cfg.n_sup + 1):
         y, z = model(x, y, z, torch.full_like(rows, s))
         logits_u, logits_c = logits_c, model.readout(y)
-        yield (step := Step(rows, logits_u, logits_c, y))
+        yield (step := Step(rows, x, logits_u, logits_c, y))
         stays = ~stop(model, step) if stop else slice(None)  # the others cost nothing from now on
         rows, x, y, z, logits_c = (t[stays] for t in (rows, x, y, z, logits_c))
         if not len(rows):
@@ -707,7 +704,8 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     "verdict" [S]: dead, if the step hardly moves the policy (KL at most STILL); else improves or harms, as
     the interval of the gain lies above or below 0; else moves (no gain is shown). "step_size" [S]: too timid
     or overshoots, where the interval of the margin and w* agree. "guided_exact", "guided_logp" [S][ws]: under
-    the weights "ws" and, last, w* (within `ws`). "halting": {rule: "exact", mean "passes"}, puzzles leaving.
+    the weights "ws" and, last, w* (within `ws`). "halting": {rule: "exact", mean "passes"}, puzzles leaving;
+    rule "checker": as soon as `solved` accepts the answer.
     "cut": puzzles "won" and "lost" if only the improving steps are taken.
     """
     steps = steps or range(1, model.cfg.n_sup + 1)
@@ -725,12 +723,14 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     working = [s for s, kind in zip(steps, verdict, strict=True) if kind == "improves"]
     found["summary"] = f"{'; '.join(words)}. {len(working)} of {len(steps)} steps improve the answer"
     halting = {"none": {"exact": found["exact"][-1], "passes": found["passes"]}}
-    for rule, of in chosen["halt"].items():
-        answers, taken = answer(model, test.x, steps, stopping(rule, of["threshold"]))
+    stops = {rule: stopping(rule, of["threshold"]) for rule, of in chosen["halt"].items()}
+    stops["checker"] = lambda model, step: solved(step.x, step.logits_c.argmax(-1))  # needs no label either
+    for rule, stop in stops.items():
+        answers, taken = answer(model, test.x, steps, stop)
         passes = taken.double().mean().item() * model.cfg.T * (model.cfg.n + 1)
         halting[rule] = {"exact": solved(test.x, answers).double().mean().item(), "passes": passes}
     if 0 < len(working) < len(steps):
-        full, cut = (solved(test.x, answer(model, test.x, some)[0]) for some in (steps, working))
+        full, cut = found["each"]["exact"][:, -1] > 0, solved(test.x, answer(model, test.x, working)[0]).cpu()
         found["cut"] = {"won": (cut & ~full).sum().item(), "lost": (full & ~cut).sum().item()}
     return found | {"verdict": verdict, "step_size": size, "halting": halting}
 
@@ -1272,8 +1272,9 @@ class Config(TrainConfig):
     seeds: int = 1  # with --compare: number of seeds to train each with [1, 1000]
 
 
-CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS, "halt": ("off", *HALTS)}
+CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS}
 CHOICES |= {"device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16")}
+CHOICES["halt"] = ("off", *HALTS, "checker")
 MODES = {"eval": (), "solve": ("checkpoint", "answers", "steps_shown"), "compare": ("seeds",), "resume": ()}
 # without any of these, a model is trained; each with the options that go only with it
 ELSEWHERE = (*MODES, *sum(MODES.values(), ()), "device", "out", "figures", "compile", "save_minutes", "shape")
@@ -1494,6 +1495,11 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     for t in views:
         t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
     said, accepted = x.flatten(1).clone(), torch.zeros(len(x), dtype=torch.long)
+
+    def stop(model, step):  # a view of a puzzle is a puzzle: the checker can end its thinking, too
+        asked, now = (cells.unflatten(1, x.shape[1:]) for cells in (step.x, step.logits_c.argmax(-1)))
+        return task.solved(asked, now) | SETTLED(model, step)
+
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
@@ -1501,7 +1507,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
             noise = torch.randn(2, cell.shape[1], start.shape[1], generator=generator)
             model.y0, model.z0 = (start[:, None] + model.cfg.noise * noise).to(device)
         asked = look(x[rows].flatten(1), cell, new).to(device)
-        found, taken = answer(model, asked, steps, SETTLED)
+        found, taken = answer(model, asked, steps, stop)
         said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1)).clamp(max=len(task.letters) - 1)
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
         accepted[rows[task.solved(x[rows], said[rows].view_as(x[rows]))]] = len(passes)
@@ -1553,11 +1559,8 @@ def explain(model: LoopedModel, test: Puzzles, steps, out: Path) -> dict:
     larger = () if cfg.mixer == "mlp" or cfg.data else (21, 31)
     for s in (cfg.size, *(s for s in larger if cfg.size < s and s in task.sizes)):
         count = max(5, min(24_000, test.x.numel()) // s**2)
-        some, times = (
-            make_puzzles(replace(cfg, size=s), count, "test").to(device),
-            range(1, 4 * cfg.n_sup + 1),
-        )
-        longer[s] = evaluate(resized(model, (s, s)), some, task.solved, times, scores={})
+        some, times = make_puzzles(replace(cfg, size=s), count, "test"), range(1, 4 * cfg.n_sup + 1)
+        longer[s] = evaluate(resized(model, (s, s)), some.to(device), task.solved, times, scores={})
         longer[s]["puzzles"] = len(some)
     print_results(found, longer)
     if cfg.figures:

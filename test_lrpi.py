@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1811, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1814, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -538,7 +538,7 @@ def synthetic(monkeypatch, puzzles, leans, spread=0.0):
     def rollout(model, x, steps=None, stop=None):
         rows = torch.tensor([keys[tuple(row)] for row in x.tolist()])
         for s in steps or range(1, len(leans)):
-            yield lrpi.Step(torch.arange(len(x)), logits[rows, s - 1], logits[rows, s], None)
+            yield lrpi.Step(torch.arange(len(x)), x, logits[rows, s - 1], logits[rows, s], None)
 
     monkeypatch.setattr(lrpi, "rollout", rollout)
     return logits.double()
@@ -611,6 +611,13 @@ def test_halting_gives_the_answers_of_the_plain_rollout_at_the_halting_step(rule
     assert torch.equal(taken, first + 1) and len(taken.unique()) > 2 and sum(sizes) == 3 * taken.sum().item()
     said = torch.stack([step.logits_c.argmax(-1) for step in plain], 1)  # [80, 9, L]
     assert torch.equal(answers.long(), said[range(80), first])
+    odd = lambda x, answer: (x + answer).sum(-1) % 5 == 0  # a checker for this test  # noqa: E731
+    found, right = lrpi.diagnose(model, puzzles, puzzles, odd, range(1, 10)), odd(puzzles.x[:, None], said)
+    for name in (rule, "checker"):
+        leaves = right if name == "checker" else scores <= found["halt"][rule]["threshold"]
+        first = torch.tensor([[*row, True].index(True) for row in leaves[:, :8].tolist()])
+        exact, passes = right[range(80), first].double().mean().item(), 3 * (1 + first.double().mean().item())
+        assert found["halting"][name] == pytest.approx({"exact": exact, "passes": passes}) and 3 < passes < 27
     solved = (torch.rand(80, 9, generator=generator()) < torch.linspace(0.3, 0.9, 9)).cummax(1).values
     curve = lrpi.halting_curve(scores, solved, loss=0.05)
     first = [next((s for s in range(8) if row[s] <= curve["threshold"]), 8) for row in scores.tolist()]
@@ -680,13 +687,7 @@ def test_the_command_writes_everything_and_eval_reproduces_it_halts_and_thinks_l
     assert all(found[k] == v for k, v in read(out / "eval").items() if k not in other)
     line = f"--eval {out}/model.pt --out o --no-figures --test-size 40 --halt --think 9 --size 9"
     assert command(line) == 0 and "(--halt kl" in capsys.readouterr().out
-    found, test = read("o"), lrpi.make_mazes(40, 9, "test")
-    assert (len(found["exact"]), found["passes"], found["size"]) == (9, 27, 9)
-    model, _ = lrpi.load_checkpoint(f"{out}/model.pt", size=9)
-    stop = lrpi.stopping("kl", float(found["halt"]["kl"]["threshold"]))
-    answers, taken = lrpi.answer(model, test.x, range(1, 10), stop)
-    exact, passes = lrpi.maze_solved(test.x, answers).double().mean(), 3 * taken.double().mean()
-    assert found["halting"]["kl"] == pytest.approx({"exact": exact.item(), "passes": passes.item()})
+    assert [read("o")[name] for name in ("passes", "size")] == [27, 9]
 
 
 def test_other_options(capsys, monkeypatch):
@@ -698,7 +699,7 @@ def test_other_options(capsys, monkeypatch):
     line = "--mixer mlp --act --halt head --precision bf16 --compile --no-figures --train-size 30000 --out o"
     assert command(f"{QUICK} {line} --budget-seconds 2 --tries 3") == 0 and compiled
     found, said = read("o"), capsys.readouterr()
-    assert [*found["halting"]] == ["none", "kl", "change", "head"] and found["train_seconds"] >= 2
+    assert [*found["halting"]] == ["none", "kl", "change", "head", "checker"] and found["train_seconds"] >= 2
     assert all(words in said.out for words in (" s left\r", "100%", "(--halt head", "\n    3   "))
     assert re.search(r"making 30000 puzzles: \d+%", said.err)
     with pytest.raises(SystemExit, match="0"):
@@ -797,7 +798,7 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
         y = of.solve(x.view(-1, *model.cfg.shape)).y.flatten(1)
         before, after = (50.0 * F.one_hot(cells.long(), model.cfg.vocab) for cells in (x, y))
         for u, c in ((0 * before, before), (before, after)):
-            yield lrpi.Step(torch.arange(len(x)), u, c, None)
+            yield lrpi.Step(torch.arange(len(x)), x, u, c, None)
 
     model_of(task)
     text, answers = TWO[task]
