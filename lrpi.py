@@ -18,7 +18,7 @@ Letters: x, y, z are embedded [B, L, D]; y* and y†_s, tokens [B, L], are the s
   A forward pass applies the shared `net` once. A cycle is n times z <- net(x + y + z), then y <- net(y + z).
   A step is T cycles, the last one with gradient; a rollout is N_sup steps: N_sup T (n + 1) forward passes.
   B L D V S: batch, cells, width, vocabulary, steps; N puzzles of a data set; H W rows and columns.
-No section uses one below it. §1-6 are the method; copy §1, §2, §3, §5, §7 or the training loop §1-4 alone.
+No section uses a later one. §1-6 are the method. §1, §2, §3, §5, §7 and §1-4 together can be copied alone.
 
   python lrpi.py --task maze                    train, evaluate, draw; results are written to runs/maze-dis/
   python lrpi.py --eval runs/maze-dis/model.pt  diagnose a checkpoint; also with --halt, --think 24, --size 21
@@ -90,7 +90,7 @@ def lecun_(weight: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(h: torch.Tensor) -> torch.Tensor:
-    """Scale h to mean square 1 along the last axis; F.rms_norm would round otherwise than TRM's code does."""
+    """Scale h to mean square 1 along the last axis, as TRM's code does."""
     return h * torch.rsqrt(h.square().sum(-1, keepdim=True) / h.shape[-1] + 1e-5)  # faster than mean
 
 
@@ -113,7 +113,7 @@ class SwiGLU(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """Depthwise 1 x K, then K x 1 convolution: information moves (K - 1) / 2 cells. For any grid size."""
+    """Depthwise 1 x K, then K x 1 convolution: information moves (K - 1) / 2 cells. Weights fit any grid."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -227,7 +227,7 @@ def advantage(logits_u, logits_c) -> torch.Tensor:
 def margin(logits_u, logits_c, y, w: float = 1.0) -> torch.Tensor:
     """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the tokens y [..] (Prop. 4.1); 0 where y < 0.
 
-    -dL/dw of the convex L(w) = -log pi_w(y). At w = 1: above 0, all of the step helped; below, it overshoots.
+    -dL/dw of the convex L(w) = -log pi_w(y). At w = 1: above 0, all of the step helped; below, w < 1 is best.
     """
     delta, pi_w = logits_c - logits_u, guide(logits_u, logits_c, w).softmax(-1)
     excess = delta.gather(-1, y.clamp(min=0)[..., None]) - delta  # 0 at y; shifts of the logits cancel
@@ -252,7 +252,7 @@ def largest_change(logits_u, logits_c) -> torch.Tensor:
 
 
 def best_guidance(logits_u, logits_c, y) -> float:
-    """w* = argmin_w of L(w) summed over all positions: above 1 the step is too timid, below it overshoots.
+    """w* = argmin_w of L(w) summed over all positions: > 1 the step is too timid, < 1 too big, < 0 harmful.
 
     inf (-inf): more (less) is better everywhere. nan: the step is mere rounding. Labels below 0 are ignored.
     Raises `ValueError` unless the logits [.., V] are finite and the labels y [..] integers below V.
@@ -265,22 +265,22 @@ def best_guidance(logits_u, logits_c, y) -> float:
     l_u, l_c, y = logits_u[y >= 0].cpu().double(), logits_c[y >= 0].cpu().double(), y[y >= 0].cpu().long()
     delta = l_c - l_u - (l_c - l_u).gather(-1, y[:, None])  # 0 at y
     rounding = 2 * eps * torch.maximum(l_u.abs(), l_c.abs()).amax(-1, keepdim=True)
-    rises, falls = (delta < -rounding).any(), (delta > rounding).any()  # pi_w(y), as w goes to inf and -inf
+    rises, falls = (delta < -rounding).any(), (delta > rounding).any()  # as w grows, tokens lose, gain on y
     if not (rises and falls):
         return math.inf if rises else -math.inf if falls else math.nan
     low, high = -math.pi / 2, math.pi / 2  # bisection in atan(w): all real w; L is convex
     for _ in range(40):
         middle = (low + high) / 2
-        rising = margin(l_u, l_c, y, math.tan(middle)).sum() < 0
-        low, high = (low, middle) if rising else (middle, high)
+        too_far = margin(l_u, l_c, y, math.tan(middle)).sum() < 0
+        low, high = (low, middle) if too_far else (middle, high)
     return math.tan(middle)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # §3  Targets (paper section 5): Φ gives every step s its own target y†_s, and the last one is y*.
 # Each is a function of puzzles (x, y*, draft, order: [B, L]), steps s [B], noise u [B, 2, L] in [0, 1), fixed
-# for a rollout, and cfg. If targets approach y* and a model of sufficient capacity fits them exactly, every
-# step leaves fewer wrong cells and its expected margin is positive (Prop. A.3).
+# for a rollout, and cfg. If y†_s is nearer to y* than y†_(s-1) and a model fits both exactly, step s leaves
+# fewer wrong cells and its expected margin is positive (Prop. A.3). Equal targets ask for a dead step.
 
 
 def share(s: torch.Tensor, cfg) -> torch.Tensor:
@@ -312,9 +312,9 @@ def edits(puzzles, s, u, cfg) -> torch.Tensor:
     """A solver's answer after pace * s of its rounds (in mazes, each fills the dead ends); at N_sup, y*."""
     _, y, draft, order, *between = puzzles  # order: the round that sets a cell to y*
     rounds = torch.where(s < cfg.n_sup, cfg.pace * s, order.max())[:, None]
-    if between:  # cells change twice: from the round `since`, they carry a mark
+    if between:  # with marks: a cell first gets its mark, in round `since`, and in `order` its value in y*
         draft = torch.where(between[1] <= rounds, between[0], draft)
-    return torch.where(order <= rounds, y, draft)  # same work at every step: one map serves all
+    return torch.where(order <= rounds, y, draft)  # each step does `pace` rounds: one map can serve all
 
 
 TARGETS = {"reveal": reveal, "mask": mask, "replace": replace_at_random, "edits": edits}
@@ -338,7 +338,7 @@ class TrainConfig(ModelConfig):
     examples: int = 10000  # training puzzles seen, counting repetitions [1, 1e10]
     budget_seconds: float = 0.0  # train for this time instead of --examples; 0: off [0, 1e9]
     batch_size: int = 12  # puzzles in a batch [1, 1e6]
-    linger: float = 0.5  # chance to go on with y* as target after N_sup, at every step [0, 0.99]
+    linger: float = 0.5  # chance of one more step, with target y*, after N_sup and each later one [0, 0.99]
     lr: float = 0.01  # peak learning rate of AdamW [1e-9, 1000]
     weight_decay: float = 0.0  # decoupled weight decay [0, 10]
     warmup: int = 100  # updates of linear warm-up [0, 1e9]
@@ -366,23 +366,23 @@ def step_loss(logits_u, logits_c, y_dagger, s, cfg: TrainConfig) -> torch.Tensor
     if cfg.hinge:  # the margin should not be negative (Prop. 4.1)
         loss = loss + cfg.hinge * F.relu(-margin(logits_u, logits_c, y_dagger))
     if cfg.linear:
-        loss = loss * (2 * s / (cfg.n_sup + 1))[:, None]  # mean weight 1
+        loss = loss * (2 * s / (cfg.n_sup + 1))[:, None]  # mean weight 1 over steps 1 .. N_sup
     return loss.mean()
 
 
 def halting_loss(model: LoopedModel, y, logits_c, y_star, s) -> tuple[torch.Tensor, torch.Tensor]:
-    """TRM's ACT: loss of a head that tells from y's first cell if the answer is right; which rows [B] end."""
+    """TRM's ACT: loss of a head that predicts from y's first cell if the answer is right; rows to end [B]."""
     q, right = model.halting(y[:, 0]).squeeze(-1), (logits_c.argmax(-1) == y_star).all(1)  # [B], a logit
     stay = torch.randint(2, max(3, model.cfg.n_sup + 1), s.shape, device=s.device)
-    stay = stay * (torch.rand_like(q) < 0.1)  # one row in ten: the head has to see what more steps do
+    stay = stay * (torch.rand_like(q) < 0.1)  # a tenth of the rows go on, so that the head sees later steps
     return 0.5 * F.binary_cross_entropy_with_logits(q, right.float()), (q > 0) & (s >= stay)
 
 
 def refill(run: SimpleNamespace, data) -> list:
-    """The rows; those that are done get the next puzzle, step 1, fresh noise, y0 and z0."""
+    """run.rows (x, y*, .., s, u, y, z); rows that are done get the next puzzle, step 1, new noise, y0, z0."""
     turn = (run.seen + run.done.cumsum(0) - 1) % len(data)  # the k-th row done takes the k-th puzzle in line
     s, u, *_ = run.rows[-4:]
-    fresh = (*data[run.order[turn]], torch.ones_like(s), torch.rand_like(u), *run.model.start(len(s)))
+    fresh = (*data[run.queue[turn]], torch.ones_like(s), torch.rand_like(u), *run.model.start(len(s)))
     run.seen, pairs = run.seen + run.done.sum(), zip(fresh, run.rows, strict=True)
     return [torch.where(run.done.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in pairs]
 
@@ -392,13 +392,13 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
 
     data[rows [B]] gives (x, y*, ..) [B, L] on the model's device, as TensorDataset does (edits: `Puzzles`).
         for x, y* in batches:  y, z <- y0, z0;  for s = 1 .. N_sup:  y, z <- step s;  loss; update; detach
-    Each row counts its own steps, as `act` ends rollouts early. callback(run, loss) may return True to stop;
-    loss is None but 200 times. average(grads): in place, over processes. resume(run) restores the state.
+    `act` and `linger` end each row's rollout at a step of its own. If callback(run, loss) returns True,
+    training stops; loss is a number 200 times, else None. average(grads) and resume(run) work in place.
     """
     s = torch.zeros(cfg.batch_size, dtype=torch.long, device=model.y0.device)  # [B]
     rows = [*data[s], s, model.y0.new_zeros(len(s), 2, math.prod(model.cfg.shape)), *model.start(len(s))]
     run = SimpleNamespace(model=model, step=0, seconds=0.0, share=0.0, rows=rows, done=s == 0, seen=s[0])
-    run.order = torch.randperm(len(data)).to(s.device)
+    run.queue = torch.randperm(len(data)).to(s.device)
     run.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     length = cfg.n_sup + cfg.linger / (1 - cfg.linger)  # expected steps of a rollout
@@ -425,7 +425,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
         run.averaged.update_parameters(model)
         run.rows = [*puzzles, s + 1, u, y.detach(), z.detach()]  # no gradient crosses steps
 
-        to_do = ((1 - s / cfg.n_sup).clamp(min=0) * ~run.done).sum()  # of the puzzles in the batch
+        to_do = ((1 - s / cfg.n_sup).clamp(min=0) * ~run.done).sum()  # unfinished rollouts, in puzzles
         finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.step / length
         spent, before = time.perf_counter() - began, run.share
         run.share = spent / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
@@ -483,7 +483,7 @@ def spanning_trees(count: int, side: int, generator: torch.Generator) -> torch.T
         tree, room = again.nonzero(as_tuple=True)
         choice = (torch.rand(len(room), generator=generator) * degree[room]).long()
         parent[live[tree], room] = neighbour[room, choice]
-        reached = parent[live]  # doubling the moves: after all rooms, one is on a cycle or at the root
+        reached = parent[live]  # doubled below to >= side² moves: each walk is then on a cycle or at the root
         for _ in range(math.ceil(math.log2(side * side))):
             reached = reached.gather(1, reached)
         again = torch.zeros_like(reached, dtype=torch.bool).scatter_(1, reached, reached != root)
@@ -544,8 +544,8 @@ def maze_solved(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     unchanged = (said == asked) | (said == PATH) & (asked == OPEN)
     on = (said == PATH) | (said == START) | (said == GOAL)
     line = ~on | (neighbours(on) == torch.where(said == PATH, 2, 1))  # marked neighbours: 2, at the ends 1
-    good = (unchanged & line).all((1, 2), keepdim=True)
-    return (good & (flood(said == START, on & good) == on)).all((1, 2))  # no closed loop beside the path
+    good = (unchanged & line).all((1, 2), keepdim=True)  # and no closed loop beside the path:
+    return (good & (flood(said == START, on & good) == on)).all((1, 2)) & ((asked == START).sum((1, 2)) == 1)
 
 
 def draw_split(count: int, size: int, split: str, draw, key=lambda cells: cells) -> torch.Tensor:
@@ -706,7 +706,7 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     or overshoots, where the interval of the margin and w* agree. "guided_exact", "guided_logp" [S][ws]: under
     the weights "ws" and, last, w* (within `ws`). "halting": {rule: "exact", mean "passes"}, puzzles leaving;
     rule "checker": as soon as `solved` accepts the answer.
-    "cut": puzzles "won" and "lost" if only the improving steps are taken.
+    "cut": puzzles "won" and "lost" with as many steps as improve (with a step index: with just these).
     """
     steps = steps or range(1, model.cfg.n_sup + 1)
     chosen, verdict, size = calibrate(model, valid, solved, steps), [], []
@@ -1121,10 +1121,10 @@ def inside(x: torch.Tensor) -> torch.Tensor:
     inner = x[1:-1, 1:-1].clone()
     if not inner.numel() or OPEN in torch.cat([x[0], x[-1], x[:, 0], x[:, -1]]):
         return x
-    for end in (START, GOAL):
-        row, col = ((x == end).nonzero()[0] - 1).tolist()
-        inner[min(max(row, 0), len(inner) - 1), min(max(col, 0), inner.shape[1] - 1)] = end
-    return inner
+    ends = torch.cat([(x == end).nonzero() - 1 for end in (START, GOAL)]).clamp(min=0)  # [2, 2]
+    ends = ends.minimum(torch.tensor(inner.shape) - 1)
+    inner[tuple(ends.T)] = torch.tensor([START, GOAL], dtype=inner.dtype)
+    return x if ends[0].equal(ends[1]) else inner
 
 
 def outside(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
@@ -1539,7 +1539,7 @@ def print_results(found: dict, longer: dict) -> None:
         print(line.format(k + 1, exact, cells, logp, *gain, *more, found["guided_exact"][k][-1], words))
     print(f"\n{found['summary']}")
     if cut := found.get("cut"):
-        print(f"with the improving steps alone, {cut['won']} more puzzles are solved, {cut['lost']} fewer")
+        print(f"with as many steps as improve, {cut['won']} more puzzles are solved, {cut['lost']} fewer")
     print("\nexit by   solved  passes   (thresholds from validation puzzles)")
     for rule, of in found["halting"].items():
         print(f"{rule:8}  {of['exact']:6.1%}  {of['passes']:6.1f}")

@@ -704,9 +704,9 @@ def test_other_options(capsys, monkeypatch):
     assert re.search(r"making 30000 puzzles: \d+%", said.err)
     with pytest.raises(SystemExit, match="0"):
         command("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    flags = [f" {lrpi.flag(name)}" for name in {*asdict(lrpi.Config())} - {"vocab", "shape"}]
-    assert all(words in text for words in (*flags, "from 1 to 1000 [6]", ": auto, cuda, mps, cpu [auto]"))
+    text, names = " ".join(capsys.readouterr().out.split()), {*asdict(lrpi.Config())} - {"vocab", "shape"}
+    assert all(f" {lrpi.flag(name)}" in text for name in names)
+    assert all(words in text for words in ("from 1 to 1000 [6]", ": auto, cuda, mps, cpu [auto]"))
 
 
 @pytest.mark.parametrize("given", ["", "--ema 0 --mixer conv", "--scheme trm --T 1 --n 1"])
@@ -790,9 +790,10 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
     found = [lrpi.boards(text, of, cfg.size) for text in FORMATS[task]]
     asked = [lrpi.read_board(rows, of, cfg)[2] for [rows] in found]
     assert all(torch.equal(x, asked[0]) for x in asked)
-    [rows] = lrpi.boards("#####\n#S  #\n# # #\n# #G#\n#####", lrpi.TASKS["maze"], 5)
-    drawn, _, x = lrpi.read_board(rows, lrpi.TASKS["maze"], lrpi.configure(size=5, mixer="mlp"))
-    assert torch.equal(x, drawn), "the mlp mixer works at its size alone: the rim stays"
+    for text, mixer in (("#####\n#S  #\n# # #\n# #G#\n#####", "mlp"), ("#S#\n#G#\n###", "conv")):
+        [rows] = lrpi.boards(text, lrpi.TASKS["maze"], 5)
+        drawn, _, x = lrpi.read_board(rows, lrpi.TASKS["maze"], lrpi.configure(size=5, mixer=mixer))
+        assert torch.equal(x, drawn), "the rim stays: mlp works at its size alone; two ends need two cells"
 
     def rollout(model, x, steps=None, stop=None):
         y = of.solve(x.view(-1, *model.cfg.shape)).y.flatten(1)
@@ -894,13 +895,11 @@ def test_csv_files_are_read_trained_on_and_evaluated_on(task, size, monkeypatch)
 
 
 # --- Bad input: one line that starts with "lrpi: ", exit code 2, no traceback, and nothing lost -------------
-# each case names its last option and the value of that
 BAD = """--size 12; --size 3; --size 63; --size big; --size 7.0; --blanks 9; --lr fast; --lr nan; --lr inf
 --seed 9999999999; --examples 1.5; --kernel 4; --mixer attention --heads 5; --halt head; --checkpoint m.pt
 --task sudoku --size 8; --task nqueens --size 4; --task nqueens --size 11; --seeds 2; --compare dis --seeds 0
---compare dis --seeds two; --compare dis --size 12; --task sudoku --loops 1.0; --out /dev/null/x
---compare dis --halt kl"""
-WORDS = {  # cases that name something else
+--compare dis --size 12; --task sudoku --loops 1.0; --out /dev/null/x; --compare dis --halt kl"""
+WORDS = {  # the cases above name their last option and its value; these, something else
     "--size ''": "--size", "--speed 9": "--speed", "--size": "--size", "maze": "maze", "--act=3": "--act",
     f"--size {'9' * 5000}": "99", f"--task {'x' * 5000}": "nqueens", "--task 'ma\nze\x1b[31m'": "--task",
     "--compare 'a\nb'": "a", "--solve 'a\nb'": "a", "--eval 'a\nb.pt'": "a", "--data 'a\nb'": "a",
@@ -944,8 +943,8 @@ def test_bad_options(capsys, monkeypatch):
 def test_bad_puzzles_and_csv_files(capsys):
     far, tail = 1_000_000, ".....Q..\n......Q."
     for task, bad in {
-        "maze": {"S #\n# x\n#G ": "line 2, character 3: 'x'", "S G\n# #S": "no solution", "S G\n#S#": "",
-                 "###\n  G": "", "###\nS  ": "", "S#\n#G": "", "S" + " " * far + "G": ""},
+        "maze": {"S #\n# x\n#G ": "line 2, character 3: 'x'", "S G\n# #S": "no solution", "S G\n##\nS G": "",
+                 "###\n  G": "", "###\n# #\n###": "", "S#\n#G": "", "S" + " " * far + "G": ""},
         "sudoku": {SUDOKU[:80]: "9", SUDOKU[:80] + "a": "80 cells", "12": "2 cells", "1" * far: "",
                    "77" + "." * 79: "no solution", "12345678." + "." * 17 + "9" + "." * 54: "no solution"},
         "nqueens": {"........\n" * 6 + tail: "no solution", "Q" * 64: "no solution"},
