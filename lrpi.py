@@ -1518,13 +1518,11 @@ def frames_of(model: LoopedModel, x: torch.Tensor, asked: torch.Tensor, steps) -
     """[(caption, cells [H, W]), ..]: the puzzle x, which the model sees as `asked`, and its answers to it."""
     frames, task = [("puzzle", x)], TASKS[model.cfg.task]
     seen = asked.reshape(1, -1).to(model.y0.device)
-    for s, step in enumerate(rollout(resized(model, asked.shape), seen, steps), 1):
+    for s, step in enumerate(rollout(resized(model, asked.shape), seen, steps, SETTLED), 1):
         said = step.logits_c.argmax(-1).clamp(max=len(task.letters) - 1)  # marks are shown as the path
         now = outside(x, said.view_as(asked).to(x))
         solved = "solved" if task.solved(x[None], now[None]) else "not solved"
         frames.append((f"step {s}: {solved}, {(now != frames[-1][1]).sum()} changed", now))
-        if SETTLED(model, step):
-            break
     return frames
 
 
@@ -1562,6 +1560,7 @@ def explain(model: LoopedModel, test: Puzzles, steps, out: Path) -> dict:
         some, times = make_puzzles(replace(cfg, size=s), count, "test"), range(1, 4 * cfg.n_sup + 1)
         longer[s] = evaluate(resized(model, (s, s)), some.to(device), task.solved, times, scores={})
         longer[s]["puzzles"] = len(some)
+        del longer[s]["each"]
     print_results(found, longer)
     if cfg.figures:
         write(out / "diagnosis.png", draw_diagnosis(found, longer))
@@ -1571,8 +1570,6 @@ def explain(model: LoopedModel, test: Puzzles, steps, out: Path) -> dict:
         frames = [*frames_of(model, x, x, steps), ("solution", y)]
         title = f"A held-out {cfg.task} from the hardest 1%: {frames[-2][0]}"
         write(out / "solution.png", draw_frames(task, frames, title))
-    for of in longer.values():
-        del of["each"]
     return found | {"thinking": longer}
 
 
