@@ -1670,11 +1670,7 @@ def solve(given: dict) -> int:
     for _, block in itertools.groupby(puzzles, lambda puzzle: puzzle[-1].shape):
         block = [*block]
         found = attempts(model, torch.stack([asked for *_, asked in block]), steps, cfg.tries)[:2]
-        several = [False] * len(block)
-        if cfg.task == "sudoku":
-            flat = [torch.stack([puzzle[k] for puzzle in block]).flatten(1) for k in (1, 2)]
-            several = (other_solutions(*flat) != flat[1]).any(1).tolist()
-        for (line, x, y, asked), said, tried, more in zip(block, *found, several, strict=True):
+        for (line, x, y, asked), said, tried in zip(block, *found, strict=True):
             said = outside(x, said)
             good, wrong, to_find = task.solved(x[None], said[None]).item(), (said != y).sum(), (x != y).sum()
             words = f"solved (checked), try {tried}" if good else f"not solved: {wrong} cells wrong"
@@ -1682,7 +1678,9 @@ def solve(given: dict) -> int:
                 words += f"; {detour} cells longer than a shortest path"
             if to_find > (most := facts["longest"]):
                 words += f"; {to_find} cells to find, at most {most} in training"
-            words += "; several solutions" * more
+            flat = x.view(1, -1), y.view(1, -1)
+            if cfg.task == "sudoku" and (other_solutions(*flat) != flat[1]).any():
+                words += "; several solutions"
             if cfg.steps_shown or len(every) == 1:
                 frames = frames_of(model, x, asked, steps)
                 for caption, now in [*frames, (words, said)]:
