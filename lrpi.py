@@ -1054,7 +1054,7 @@ TASKS = {
 def tokens(rows: list, task: Task, size: int, width: int) -> torch.Tensor:
     """The tokens [H, W] uint8 of rows (line number, characters). Raises `UserError` if one does not fit."""
     letters = task.letters[: size + 1]  # a sudoku has as many digits; the others have fewer tokens
-    known = letters + "".join(chr(c) for c, same in task.alias.items() if chr(same) in letters)
+    known = letters + "".join(map(chr, task.alias))
     for n, row in rows:
         if bad := re.search(f"[^{re.escape(known)}]", row):
             raise UserError(f"line {n}, character {bad.start() + 1}: {bad[0]!r}; must be one of {known!r}")
@@ -1633,9 +1633,8 @@ def compare(given: dict, interrupts: list) -> int:
         run = read(path, "a run of this command, or be removed", asdict(cfg), ELSEWHERE)
         run["curve"] = [at["exact"] for at in run["curve"]]
         found.setdefault(name, []).append({key: run[key] for key in RECORD if key in run})
-    exact = [[run["exact"][-1] for run in runs] for runs in found.values()]
-    exact = torch.tensor(exact).double()  # [arms, seeds]
-    gaps = interval_of_few(exact - exact[0]).tolist()  # seed by seed, from the first arm
+    exact = torch.tensor([[run["exact"][-1] for run in runs] for runs in found.values()]).double()
+    gaps = interval_of_few(exact - exact[0]).tolist()  # [arms][3], seed by seed, from the first arm
     print("\nsolved, least to most  less the first, 95%      passes     params  examples  seconds  scheme")
     line = "{:6.1%} {:6.1%} {:6.1%}  {:+6.1%} {:+6.1%} {:+6.1%}   {:6}  {:9,}  {:8}  {:7.0f}  {}"
     for (name, runs), values, gap in zip(found.items(), exact, gaps, strict=True):
@@ -1643,8 +1642,8 @@ def compare(given: dict, interrupts: list) -> int:
         print(line.format(values.mean(), values.min(), values.max(), *gap, *medians, name))
     if not RANK:
         gaps = dict(zip(found, gaps, strict=True))
-        more = {"options": given, "torch": torch.__version__, "gaps": gaps, "arms": found}
-        write(folder / "compare.json", more)
+        content = {"options": given, "torch": torch.__version__, "gaps": gaps, "arms": found}
+        write(folder / "compare.json", content)
     return 0
 
 
