@@ -1409,7 +1409,7 @@ def make_puzzles(cfg: Config, count: int, split: str, seed: int = 0) -> Puzzles:
     if cfg.data:
         path = Path(cfg.data) / ("test.csv" if split == "test" else "train.csv")
         return read_csv(path, cfg, split, count, seed)
-    pick, chunk = cfg.pick if split == "train" else 1, max(1, 240_000 // cfg.size**2)
+    pick, chunk = cfg.pick if split == "train" else 1, 240_000 // cfg.size**2
     given = {name: getattr(cfg, name) for name in task.options}
     for k, done in enumerate(range(0, count, chunk)):
         draw = (seed + 2654435761 * k) % 2**32  # torch.Generator heeds 32 bits of a seed
