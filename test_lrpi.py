@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1807, 679, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1808, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
