@@ -1034,7 +1034,7 @@ TASKS = {
         colours={"blank": "white", "digit": "#f4f1ea"},
         glyphs=" 123456789",
         options=("blanks",),
-        defaults=BOARD | {"size": 9, "pace": 1, "examples": 24000},
+        defaults=BOARD | {"size": 9, "pace": 1, "examples": 36000},
     ),
     "nqueens": Task(
         make=make_queens,
