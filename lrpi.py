@@ -1291,7 +1291,6 @@ OPTIONS = {  # {name: (help, lowest, highest value)}, from the sources of the da
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 SPENT = ("passes", "params", "examples_seen", "train_seconds")
 RECORD = ("exact", "margin", "by_rounds", "tries", "curve", *SPENT)  # what compare.json keeps of a run
-SETTLED = stopping("change", 0.01)  # where --solve and --tries stop thinking
 
 
 def flag(name: str) -> str:
@@ -1487,6 +1486,12 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
         print(line, end="\n" if tenth else "\r", flush=True)
 
 
+def settled(model: LoopedModel, step: Step) -> torch.Tensor:
+    """Where --solve and --tries stop thinking: the checker accepts the answer, or the step changed little."""
+    asked, said = (cells.unflatten(1, model.cfg.shape) for cells in (step.x, step.logits_c.argmax(-1)))
+    return TASKS[model.cfg.task].solved(asked, said) | stopping("change", 0.01)(model, step)
+
+
 def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     """Propose and verify: solve x [N, H, W] (on the CPU) in view after view, until an answer is accepted."""
     task, model, device, passes = TASKS[model.cfg.task], resized(model, x.shape[1:]), model.y0.device, []
@@ -1495,11 +1500,6 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     for t in views:
         t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
     said, accepted = x.flatten(1).clone(), torch.zeros(len(x), dtype=torch.long)
-
-    def stop(model, step):  # a view of a puzzle is a puzzle: the checker can end its thinking, too
-        asked, now = (cells.unflatten(1, x.shape[1:]) for cells in (step.x, step.logits_c.argmax(-1)))
-        return task.solved(asked, now) | SETTLED(model, step)
-
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
@@ -1507,7 +1507,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
             noise = torch.randn(2, cell.shape[1], start.shape[1], generator=generator)
             model.y0, model.z0 = (start[:, None] + model.cfg.noise * noise).to(device)
         asked = look(x[rows].flatten(1), cell, new).to(device)
-        found, taken = answer(model, asked, steps, stop)
+        found, taken = answer(model, asked, steps, settled)
         said[rows] = look(found.cpu(), cell.argsort(1), new.argsort(1)).clamp(max=len(task.letters) - 1)
         passes.append(taken.sum().item() * model.cfg.T * (model.cfg.n + 1))
         accepted[rows[task.solved(x[rows], said[rows].view_as(x[rows]))]] = len(passes)
@@ -1518,7 +1518,7 @@ def frames_of(model: LoopedModel, x: torch.Tensor, asked: torch.Tensor, steps) -
     """[(caption, cells [H, W]), ..]: the puzzle x, which the model sees as `asked`, and its answers to it."""
     frames, task = [("puzzle", x)], TASKS[model.cfg.task]
     seen = asked.reshape(1, -1).to(model.y0.device)
-    for s, step in enumerate(rollout(resized(model, asked.shape), seen, steps, SETTLED), 1):
+    for s, step in enumerate(rollout(resized(model, asked.shape), seen, steps, settled), 1):
         said = step.logits_c.argmax(-1).clamp(max=len(task.letters) - 1)  # marks are shown as the path
         now = outside(x, said.view_as(asked).to(x))
         solved = "solved" if task.solved(x[None], now[None]) else "not solved"
