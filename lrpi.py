@@ -1014,7 +1014,7 @@ class Task(NamedTuple):
     views: Callable = grid_views  # (N, shape) -> N random symmetries
     sizes: tuple = tuple(range(5, 62, 2))
     letters: str = "# SGo"  # one character for each token
-    alias: dict = str.maketrans("%X10.sAPgEBF", "###  SSSGGGG")  # other characters for them
+    alias: dict = str.maketrans("%X+-|10.sAPgEBF", "######  SSSGGGG")  # other characters for them
     colours: dict = MAZE  # {token's name: colour}; the last is that of all further tokens
     glyphs: str = ""  # what figures write into the cells
     options: tuple = ("loops", "marks")  # the fields of `Config` that `make` takes
@@ -1108,10 +1108,13 @@ def boards(text: str, task: Task, size: int) -> list:
                     found.append([])
     for full, block in itertools.groupby(lines, lambda line: line[1] > "") if not task.glyphs else ():
         numbers, rows = zip(*block, strict=True)
-        if set(rows[0].strip()) <= set("#%X"):  # a rim: what is left of it is no cell
+        if set(rows[0].strip()) <= set("#%X+-"):  # a rim: what is left of it is no cell
             rows = textwrap.dedent("\n".join(rows)).split("\n")
         wide = max(map(len, rows))  # editors cut trailing blanks; an o in a question is open
         rows = [row.ljust(wide).replace("o", " ") for row in rows]
+        if (w := rows[0].find("+", 1)) > 1:  # drawn as +---+ and |: a wall and a room in w columns
+            pairs = [re.findall(f"(.)(.{{{w - 1}}}|$)", row[: len(rows[0].rstrip())]) for row in rows]
+            rows = ["".join(wall + (room.strip() or room)[:1] for wall, room in row) for row in pairs]
         found += [[*zip(numbers, rows, strict=True)]] * full
     return [rows for rows in found if rows]
 
