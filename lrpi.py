@@ -727,8 +727,8 @@ def diagnose(model: LoopedModel, test, valid, solved, steps=None) -> dict:
     stops["checker"] = lambda model, step: solved(step.x, step.logits_c.argmax(-1))  # needs no label either
     for rule, stop in stops.items():
         answers, taken = answer(model, test.x, steps, stop)
-        passes = taken.double().mean().item() * model.cfg.T * (model.cfg.n + 1)
-        halting[rule] = {"exact": solved(test.x, answers).double().mean().item(), "passes": passes}
+        passes = taken.cpu().double().mean().item() * model.cfg.T * (model.cfg.n + 1)
+        halting[rule] = {"exact": solved(test.x, answers).cpu().double().mean().item(), "passes": passes}
     if 0 < len(working) < len(steps):
         full, cut = found["each"]["exact"][:, -1] > 0, solved(test.x, answer(model, test.x, working)[0]).cpu()
         found["cut"] = {"won": (cut & ~full).sum().item(), "lost": (full & ~cut).sum().item()}
@@ -1259,7 +1259,7 @@ class Config(TrainConfig):
     think: int = 0  # steps per rollout at evaluation; 0: as in training [0, 10000]
     halt: str = "off"  # early-exit rule at evaluation
     tries: int = 1  # views of a puzzle to try until the checker accepts an answer; --solve: 16 [1, 1000]
-    device: str = "auto"  # auto: the first available of the others
+    device: str = "auto"  # auto: cuda if there is one, else cpu; mps was never run
     precision: str = "auto"  # of the matrix products in the net; auto: bf16 on cuda, else fp32
     compile: bool = False  # compile the net with torch.compile: pays off in long runs
     save_minutes: float = 10.0  # minutes between checkpoints to --resume from; 0: none [0, 1e6]
@@ -1396,7 +1396,7 @@ def resized(model: LoopedModel, shape: tuple[int, int]) -> LoopedModel:
 def place(model: LoopedModel) -> LoopedModel:
     """The model on its device, in its precision, maybe compiled. Raises `UserError` without the device."""
     cfg, best = model.cfg, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    name = best.type if cfg.device == "auto" else cfg.device
+    name = cfg.device.replace("auto", "cuda" if best.type == "cuda" else "cpu")
     if name not in (best.type, "cpu"):
         raise UserError(f"--device {name}: not here; must be one of auto, {best.type}, cpu")
     model.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and name == "cuda")
@@ -1481,7 +1481,7 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
     facts |= now
     if tenth:
         solved = TASKS[cfg.task].solved(valid.x, answer(run.averaged.module, valid.x)[0])
-        facts["curve"].append(now | {"exact": solved.double().mean().item()})
+        facts["curve"].append(now | {"exact": solved.cpu().double().mean().item()})
     if tenth or sys.stdout.isatty():
         known = f"validation solved {facts['curve'][-1]['exact']:.1%}  " if facts["curve"] else ""
         speed = f"{seen / run.seconds:.0f} examples/s  {run.seconds / share - run.seconds:.0f} s left"
