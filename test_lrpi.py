@@ -762,8 +762,8 @@ FORMATS = {  # each holds the same puzzle
                "\n".join(["Grid 01", *ROWS]), "\n".join(" ".join(row) for row in BANDS[1:]), "\n".join(BANDS),
                "\n".join(f"[{', '.join(row)}]," for row in ROWS), "\n".join(f"| {row} |" for row in ROWS),
                *(text.replace(".", blank) for blank in "0_*x?-" for text in (SUDOKU, "\n".join(ROWS)))],
-    "maze": ["S  \n## \n  G", "s..\n##.\n..g", "A00\n1X0\n00B", "P\n%%\n  F", " +-+-+ \n |S  |\n +-+ +\n |  G|\n +-+-+",
-             "  #####\n  #S  #\n  ### #\n  #  E#\n  #####", "+---+---+\n| S     |\n+---+   +\n|     G |\n+---+---+"],
+    "maze": ["S  \n## \n  G", "s..\n##.\n..g", "A00\n1X0\n00B", "P\n%%\n  F",
+             " #####\n #S  #\n ### #\n #  E#\n #####", " +--+--+ \n | S   |\n +--+  +\n |   G |\n +--+--+"],
     "nqueens": [QUEENS, "1" + "0" * 63, "Q . . . . . . .\n" + "........\n" * 7],
 }  # fmt: skip
 TWO = {  # a text with two puzzles; the answers, in one line, and how many cells they find
