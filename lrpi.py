@@ -1112,8 +1112,8 @@ def boards(text: str, task: Task, size: int) -> list:
             rows = textwrap.dedent("\n".join(rows)).split("\n")
         wide = max(map(len, rows))  # editors cut trailing blanks; an o in a question is open
         rows = [row.ljust(wide).replace("o", " ") for row in rows]
-        if (w := rows[0].find("+", 1)) > 1:  # drawn as +---+ and |: a wall and a room in w columns
-            pairs = [re.findall(f"(.)(.{{{w - 1}}}|$)", row[: len(rows[0].rstrip())]) for row in rows]
+        if (w := (top := rows[0].rstrip()).find("+", 1)) > 1 and not top[::w].strip("+"):  # as +---+ and |
+            pairs = [re.findall(f"(.)(.{{{w - 1}}}|$)", row[: len(top)]) for row in rows]
             rows = ["".join(wall + (room.strip() or room)[:1] for wall, room in row) for row in pairs]
         found += [[*zip(numbers, rows, strict=True)]] * full
     return [rows for rows in found if rows]

@@ -768,7 +768,7 @@ FORMATS = {  # each holds the same puzzle
 }  # fmt: skip
 TWO = {  # a text with two puzzles; the answers, in one line, and how many cells they find
     "sudoku": ("\n".join([SUDOKU, "5 3 0 | 0 7 0 | 0 0 0", "---+--", *ROWS[1:]]), [(SOLVED, 51)] * 2),
-    "maze": ("#####\n#S.G#\n#####\n\n###G#\n#   #\n# ###\nS ###\n#####\n",  # the second's are in the rim
+    "maze": ("#####\n#S.G#\n#####\n\n###G+\n#   #\n# ###\nS ###\n#####\n",  # the second's are in the rim
              [("######SoG######", 1), ("###G##ooo##o###So########", 5)]),
     "nqueens": (QUEENS + "\n........" * 7 + "\n. . . . . Q . .\n",
                 [("Q...........Q..........Q.....Q....Q...........Q..Q.........Q....", 7),
