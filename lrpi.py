@@ -14,8 +14,9 @@ usual explanation is "looping adds depth". But many loop steps change nothing. W
   5. Deep Improvement Supervision (DIS) gives each step its own target, closer to the solution than the last.
      The paper reports that 18 forward passes then do what takes TRM (arXiv 2510.04871) 336.
 
-Letters: x, y, z are embedded [B, L, D]; y* and y†_s, tokens [B, L], are the solution and step s's target.
-  A forward pass applies the shared `net` once. A cycle is n times z <- net(x + y + z), then y <- net(y + z).
+Letters: x [B, L] is a puzzle, y* its solution (where puzzles are made or scored: y), y†_s the target of step
+  s, all tokens; y, z [B, L, D] is the state. A forward pass applies the shared `net` once. A cycle is n times
+  z <- net(x + y + z), then y <- net(y + z), which with recall sees x and a trained vector, too.
   A step is T cycles, the last one with gradient; a rollout is N_sup steps: N_sup T (n + 1) forward passes.
   B L D V S: batch, cells, width, vocabulary, steps; N puzzles of a data set; H W rows and columns.
 No section uses a later one. §1-6 are the method. §1, §2, §3, §5, §7 and §1-4 together can be copied alone.
@@ -80,7 +81,7 @@ class ModelConfig:
     feedback: bool = False  # from step 2 on, the model sees its last answer in place of the puzzle
     stablemax: bool = False  # policies are TRM's stablemax instead of softmax
     untied: bool = False  # separate weights for every forward pass of a step: no loop within the step
-    act: bool = False  # learn when to stop (ACT): solved puzzles leave the training batch
+    act: bool = False  # learn when to stop (ACT): rows that a head calls solved leave the training batch
 
 
 def lecun_(weight: torch.Tensor) -> torch.Tensor:
@@ -224,7 +225,7 @@ def advantage(logits_u, logits_c) -> torch.Tensor:
     return logits_c.log_softmax(-1) - logits_u.log_softmax(-1)
 
 
-def margin(logits_u, logits_c, y, w: float = 1.0) -> torch.Tensor:
+def margin(logits_u, logits_c, y, w: float | torch.Tensor = 1.0) -> torch.Tensor:
     """The advantage margin A(y) - E_{a ~ pi_w}[A(a)] [..] of the tokens y [..] (Prop. 4.1); 0 where y < 0.
 
     -dL/dw of the convex L(w) = -log pi_w(y). At w = 1: above 0, all of the step helped; below, w < 1 is best.
@@ -234,7 +235,7 @@ def margin(logits_u, logits_c, y, w: float = 1.0) -> torch.Tensor:
     return (pi_w * excess).sum(-1) * (y >= 0)
 
 
-def derivatives(logits_u, logits_c, y, w: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def derivatives(logits_u, logits_c, y, w: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """dL/dw = E[delta] - delta(y) and d²L/dw² = Var[delta] [..], both for a ~ pi_w (Prop. 4.1)."""
     delta, pi_w = logits_c - logits_u, guide(logits_u, logits_c, w).softmax(-1)
     variance = (pi_w * (delta - (pi_w * delta).sum(-1, keepdim=True)).square()).sum(-1)
@@ -372,14 +373,14 @@ def step_loss(logits_u, logits_c, y_dagger, s, cfg: TrainConfig) -> torch.Tensor
 
 def halting_loss(model: LoopedModel, y, logits_c, y_star, s) -> tuple[torch.Tensor, torch.Tensor]:
     """TRM's ACT: loss of a head that predicts from y's first cell if the answer is right; rows to end [B]."""
-    q, right = model.halting(y[:, 0]).squeeze(-1), (logits_c.argmax(-1) == y_star).all(1)  # [B], a logit
+    q, right = model.halting(y[:, 0]).squeeze(-1), (logits_c.argmax(-1) == y_star).all(1)  # both [B]
     stay = torch.randint(2, max(3, model.cfg.n_sup + 1), s.shape, device=s.device)
-    stay = stay * (torch.rand_like(q) < 0.1)  # a tenth of the rows go on, so that the head sees later steps
+    stay = stay * (torch.rand_like(q) < 0.1)  # a tenth go on, so that the head sees later steps
     return 0.5 * F.binary_cross_entropy_with_logits(q, right.float()), (q > 0) & (s >= stay)
 
 
 def refill(run: SimpleNamespace, data) -> list:
-    """run.rows (x, y*, .., s, u, y, z); rows that are done get the next puzzle, step 1, new noise, y0, z0."""
+    """run.rows (x, y*, .., s, u, y, z); rows that are done get the next puzzle, step 1, a new u, y0, z0."""
     turn = (run.seen + run.done.cumsum(0) - 1) % len(data)  # the k-th row done takes the k-th puzzle in line
     s, u, *_ = run.rows[-4:]
     fresh = (*data[run.queue[turn]], torch.ones_like(s), torch.rand_like(u), *run.model.start(len(s)))
@@ -397,7 +398,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
     """
     s = torch.zeros(cfg.batch_size, dtype=torch.long, device=model.y0.device)  # [B]
     rows = [*data[s], s, model.y0.new_zeros(len(s), 2, math.prod(model.cfg.shape)), *model.start(len(s))]
-    run = SimpleNamespace(model=model, step=0, seconds=0.0, share=0.0, rows=rows, done=s == 0, seen=s[0])
+    run = SimpleNamespace(model=model, updates=0, seconds=0.0, share=0.0, rows=rows, done=s == 0, seen=s[0])
     run.queue = torch.randperm(len(data)).to(s.device)
     run.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     run.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
@@ -405,7 +406,7 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
     if resume:
         resume(run)
     while run.share < 1:
-        began, run.step = time.perf_counter() - run.seconds, run.step + 1
+        began, run.updates = time.perf_counter() - run.seconds, run.updates + 1
         *puzzles, s, u, y, z = refill(run, data)
         y_dagger = TARGETS[cfg.target](puzzles, s, u, cfg).long()  # [B, L]
         logits_u = model.readout(y).detach()  # the reference policy
@@ -419,14 +420,14 @@ def train(model, data, cfg: TrainConfig, callback=None, average=lambda grads: No
         run.optimizer.zero_grad()
         loss.backward()
         average([p.grad for p in model.parameters() if p.grad is not None])
-        warm, cosine = min(1, run.step / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * run.share)
+        warm, cosine = min(1, run.updates / (cfg.warmup + 1)), 0.5 + 0.5 * math.cos(math.pi * run.share)
         run.optimizer.param_groups[0]["lr"] = cfg.lr * warm * (cosine if cfg.cosine else 1)
         run.optimizer.step()
         run.averaged.update_parameters(model)
         run.rows = [*puzzles, s + 1, u, y.detach(), z.detach()]  # no gradient crosses steps
 
         to_do = ((1 - s / cfg.n_sup).clamp(min=0) * ~run.done).sum()  # unfinished rollouts, in puzzles
-        finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.step / length
+        finished = (run.seen - to_do).item() if cfg.act else cfg.batch_size * run.updates / length
         spent, before = time.perf_counter() - began, run.share
         run.share = spent / cfg.budget_seconds if cfg.budget_seconds else finished / cfg.examples
         look = int(200 * run.share + 1e-6) > int(200 * before + 1e-6)  # reading the loss makes a GPU wait
@@ -776,7 +777,7 @@ def propagate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def other_solutions(x: torch.Tensor, y: torch.Tensor, generator=None) -> torch.Tensor:
-    """For sudokus x [N, L] with a solution y each: another solution, or y where there is none. [N, L]
+    """For sudokus x [N, L]: a solution other than y (y = 0: any solution), or y where there is none. [N, L]
 
     A complete search in random order: propagate, then try each digit in a blank with the fewest candidates.
     """
@@ -808,12 +809,12 @@ def look(cells: torch.Tensor, cell: torch.Tensor, new: torch.Tensor) -> torch.Te
 
 
 def grid_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """N random symmetries of grids, every 8 of them all that there are: `cell` and `new` of `look`."""
+    """N random symmetries of grids, all that there are before one comes again: `look`'s `cell` and `new`."""
     index = torch.arange(math.prod(shape)).view(shape)
     turned = [t.rot90(k) for t in (index, index.flip(0)) for k in range(4)]
     views = torch.stack([t.flatten() for t in turned if t.shape == shape])
-    chosen = torch.rand(-(-N // 8), 8, generator=generator).argsort(1).flatten()[:N] % len(views)
-    return views[chosen], torch.arange(8).expand(N, -1)
+    chosen = torch.rand(-(-N // len(views)), len(views), generator=generator).argsort(1).flatten()[:N]
+    return views[chosen], torch.arange(8).expand(N, -1)  # no task of these has more tokens
 
 
 def sudoku_views(N: int, shape: tuple[int, int], generator=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1278,10 +1279,10 @@ class Config(TrainConfig):
 CHOICES = {"task": TASKS, "scheme": SCHEMES, "mixer": MIXERS, "target": TARGETS}
 CHOICES |= {"device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16")}
 CHOICES["halt"] = ("off", *HALTS, "checker")
+# without any of these, a model is trained; each with the options that go only with it:
 MODES = {"eval": (), "solve": ("checkpoint", "answers", "steps_shown"), "compare": ("seeds",), "resume": ()}
-# without any of these, a model is trained; each with the options that go only with it
+# options that do not affect results; that may differ when training is resumed; and at evaluation:
 ELSEWHERE = (*MODES, *sum(MODES.values(), ()), "device", "out", "figures", "compile", "save_minutes", "shape")
-# options that do not affect results; that may differ when training is resumed; and at evaluation
 LATER = (*ELSEWHERE, "test_size", "think", "halt", "tries")
 AT_EVALUATION = (*LATER, "precision", "data", "blanks", "loops", "size")
 OPTIONS = {  # {name: (help, lowest, highest value)}, from the sources of the dataclasses
@@ -1456,8 +1457,8 @@ def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, b
 
     def resume(run: SimpleNamespace) -> None:
         """Brings back what `watch` saved: on a CPU, training goes on as if it had never stopped."""
-        torch.set_rng_state(content["random"])
-        for name, new in content["run"].items():
+        torch.set_rng_state(torch.get_rng_state() if RANK else content["random"])
+        for name, new in (content["run"] | {"queue": run.queue}).items():  # each process has its own
             if hasattr(old := getattr(run, name), "load_state_dict"):
                 old.load_state_dict(new)
             elif isinstance(old, list):
@@ -1473,11 +1474,10 @@ def fit(cfg: Config, path: Path, interrupts: list) -> tuple[LoopedModel, dict, b
 def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, facts: dict) -> None:
     """Update the facts of a training; print a line of progress ten times, on a terminal all the time."""
     if not (math.isfinite(loss) and all(p.isfinite().all() for p in run.model.parameters())):
-        raise UserError(f"the loss is not finite at update {run.step}; --lr {cfg.lr} may be too high")
+        raise UserError(f"the loss is not finite at update {run.updates}; --lr {cfg.lr} may be too high")
     share, seen = min(1, run.share), RANKS * run.seen.item()
     tenth = int(10 * run.share + 1e-6) > len(facts["curve"])
-    now = {"steps_done": run.step, "examples_seen": seen, "train_seconds": run.seconds}
-    now["train_passes"] = run.step * cfg.T * (cfg.n + 1)
+    now = {"updates": run.updates, "examples_seen": seen, "train_seconds": run.seconds}
     facts |= now
     if tenth:
         solved = TASKS[cfg.task].solved(valid.x, answer(run.averaged.module, valid.x)[0])
@@ -1485,7 +1485,7 @@ def progress(run: SimpleNamespace, loss: float, cfg: Config, valid: Puzzles, fac
     if tenth or sys.stdout.isatty():
         known = f"validation solved {facts['curve'][-1]['exact']:.1%}  " if facts["curve"] else ""
         speed = f"{seen / run.seconds:.0f} examples/s  {run.seconds / share - run.seconds:.0f} s left"
-        line = f"{share:4.0%}  update {run.step}  loss {loss:.4f}  {known}{speed}"
+        line = f"{share:4.0%}  update {run.updates}  loss {loss:.4f}  {known}{speed}"
         print(line, end="\n" if tenth else "\r", flush=True)
 
 
@@ -1499,14 +1499,12 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     """Propose and verify: solve x [N, H, W] (on the CPU) in view after view, until an answer is accepted."""
     task, model, device, passes = TASKS[model.cfg.task], resized(model, x.shape[1:]), model.y0.device, []
     generator, start = torch.Generator().manual_seed(0), torch.stack([model.y0, model.z0]).cpu()
-    views = task.views(tries, tuple(x.shape[1:]), generator)  # the same in every run
-    for t in views:
-        t[0] = torch.arange(t.shape[1])  # the first try sees the puzzle as it is
+    views = [t[:, t[0].argsort()] for t in task.views(tries, tuple(x.shape[1:]), generator)]  # first as it is
     said, accepted = x.flatten(1).clone(), torch.zeros(len(x), dtype=torch.long)
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
-        if len(passes) >= 8 and task.views is grid_views:  # there are no more: start elsewhere
+        if (views[0][: len(passes)] == view[0]).all(1).any():  # seen before: start elsewhere
             noise = torch.randn(2, cell.shape[1], start.shape[1], generator=generator)
             model.y0, model.z0 = (start[:, None] + model.cfg.noise * noise).to(device)
         asked = look(x[rows].flatten(1), cell, new).to(device)
@@ -1599,8 +1597,8 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
     params = sum(p.numel() for p in model.parameters())
     how = f"{round(passes, 1):g} forward passes each" + f" (--halt {cfg.halt}, mean)" * (cfg.halt != "off")
     print(f"\n{exact:.1%} of {len(test)} held-out puzzles solved, with {how}, by {params:,} parameters")
-    if found["label"] != found["exact"]:
-        print(f"{found['label'][-1]:.1%} are equal to the label; other solutions are right as well")
+    if found["label"][-1] != found["exact"][-1]:
+        print(f"{found['label'][-1]:.1%} are equal to the label; other solutions or marks are right as well")
     metrics = {name: getattr(cfg, name) for name in ("task", "scheme", "size", "seed")} | {"params": params}
     metrics |= {"device": str(model.y0.device), "torch": torch.__version__, **facts, **found}
     metrics |= {"config": asdict(cfg), "total_seconds": round(time.perf_counter() - began, 2)}
@@ -1707,12 +1705,12 @@ def learn(cfg: Config, interrupts: list) -> int:
     if not cfg.resume:
         prepare_folder(out)
     print(f"{cfg.task} {cfg.size}x{cfg.size}, scheme {cfg.scheme}, seed {cfg.seed}: see {out}", flush=True)
-    model, facts, failed = fit(cfg, path, interrupts)
+    (model, facts, failed), stopped = fit(cfg, path, interrupts), [*interrupts]  # after it, all is trained
     if not RANK:
         write(out / "model.pt", {"config": asdict(cfg), "model": model.state_dict(), "facts": facts})
         report(model, facts, out, began)
     average([torch.zeros(1)])  # the others wait
-    if interrupts:
+    if stopped:
         print("\nlrpi: interrupted, saved and evaluated; --resume continues training", file=sys.stderr)
     elif path.is_file():
         path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1811, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1809, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -258,8 +258,7 @@ def tiny(**given):
 
 
 def model_and_state(cfg, B=3):
-    torch.manual_seed(0)
-    model, L = lrpi.LoopedModel(cfg), math.prod(cfg.shape)
+    model, L = torch.manual_seed(0) and lrpi.LoopedModel(cfg), math.prod(cfg.shape)
     for p in model.parameters():  # weights that are zero at first would hide mistakes
         p.data += 0.1 * torch.randn_like(p)
     y, z = torch.randn(2, B, L, cfg.width)
@@ -559,10 +558,9 @@ def test_evaluation_against_formulas(monkeypatch):
                 "margin_positive": (A[at] > KL).double().mean(), "change": (q - p).abs().max(),
                 "guided_exact": right[1:],
                 "guided_logp": [of.log_softmax(-1)[at].mean() for of in guided]}  # fmt: skip
-        assert set(want) == set(found["each"])
+        assert set(want) == set(each := found["each"])
         for name, value in want.items():
-            got = found["each"][name][i, s].double()
-            assert torch.allclose(got, torch.as_tensor(value).double(), atol=1e-5), name
+            assert torch.allclose(each[name][i, s].double(), torch.as_tensor(value).double(), atol=1e-5), name
     assert 0 < found["exact"][1] < 1
     assert all(torch.allclose(torch.tensor(found[k]), v.mean(0), atol=1e-5) for k, v in found["each"].items())
 
@@ -654,12 +652,12 @@ def weights(folder):
 
 
 @contextlib.contextmanager
-def ctrl_c(*updates):
-    """Sends SIGINT at these updates of the training, counted from 0."""
-    count, loss = itertools.count(), lrpi.step_loss
+def ctrl_c(*calls, of="step_loss"):
+    """Sends SIGINT at these calls of a function, counted from 0: at updates of the training."""
+    count, function = itertools.count(), getattr(lrpi, of)
     with pytest.MonkeyPatch.context() as patch:
-        hit = lambda: next(count) in updates and signal.raise_signal(signal.SIGINT)  # noqa: E731
-        patch.setattr(lrpi, "step_loss", lambda *args: (hit(), loss(*args))[1])
+        hit = lambda: next(count) in calls and signal.raise_signal(signal.SIGINT)  # noqa: E731
+        patch.setattr(lrpi, of, lambda *args: (hit(), function(*args))[1])
         yield
 
 
@@ -724,7 +722,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(given, capsys):
         for more, code in (("--resume" if killed else "", 130), ("--resume", 130), ("--resume", 0)):
             assert command(f"{line} b {more}") == code and len(read("b")["exact"]) == 2
             assert ("training.pt" in contents("b")) == ("--resume" in capsys.readouterr().err) == bool(code)
-    assert command(f"{line} a") == 0 and same(weights("a"), weights("b"))
+    with ctrl_c(0, of="diagnose"):  # when there is nothing left to train
+        assert command(f"{line} a") == 130 and "--resume" not in capsys.readouterr().err
+    assert same(weights("a"), weights("b"))
     curves = [[at["exact"] for at in read(name)["curve"]] for name in "ab"]
     assert curves[0] == curves[1] and len(curves[0]) == 10
 
@@ -801,8 +801,7 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
 
     model_of(task)
     text, answers = TWO[task]
-    data = ("\N{BYTE ORDER MARK}" + text).encode()
-    Path("p.txt").write_bytes(data.replace(b"\n", b"\r\n"))
+    Path("p.txt").write_bytes((data := f"\N{BYTE ORDER MARK}{text}".encode()).replace(b"\n", b"\r\n"))
     line = f"--task {task} --checkpoint m.pt --answers a.png --solve"
     assert command(f"{line} p.txt") == 1 and "0 of 2 solved" in capsys.readouterr().out, "an untrained model"
     assert Path("a.png").read_text() == "\n\n"
@@ -826,8 +825,7 @@ def test_solving_reads_checks_and_prints_answers(task, capsys, monkeypatch):
 def test_views_come_back_and_checkers_judge_them_alike(task, size):
     """Puzzles, solutions and near misses; sudokus that are views of each other are of one kind."""
     of = lrpi.TASKS[task]
-    x, y, *_ = of.make(24, size)
-    cell, new = of.views(24, (size, size), generator())
+    (x, y, *_), (cell, new) = of.make(24, size), of.views(24, (size, size), generator())
     near = torch.where(torch.arange(size**2) == 3, 1 + y % 2, y)
     seen = [lrpi.look(cells, cell, new) for cells in (x, y, near)]
     for cells, view in zip((x, y, near), seen, strict=True):
@@ -843,13 +841,14 @@ def test_views_come_back_and_checkers_judge_them_alike(task, size):
 def test_tries_take_an_accepted_answer_and_call_no_wrong_one_solved(task, size, turn, monkeypatch):
     """A model that is right in one of its tries, and only with some puzzles; others stay unsolved."""
     of, puzzles, sizes, starts = lrpi.TASKS[task], lrpi.TASKS[task].make(20, size), [], []
-    good = (puzzles.x != puzzles.y).sum(1) % 4 > 1
+    asked, good = [], (puzzles.x != puzzles.y).sum(1) % 4 > 1
 
     def answer(model, x, steps, stop=None):
         sizes.append(len(x))
         starts.append((*model.y0.shape, model.y0.sum().item()))
         right = of.solve(x, None, *[True] * (task == "maze")).y  # with marks
         able = (x != right).sum(1, keepdim=True) % 4 > 1
+        asked.append(x[~able[:, 0]].tolist())
         return torch.where(able & (len(sizes) == turn), right, x), torch.full((len(x),), 2)
 
     monkeypatch.setattr(lrpi, "answer", answer)
@@ -858,6 +857,7 @@ def test_tries_take_an_accepted_answer_and_call_no_wrong_one_solved(task, size, 
     assert accepted.tolist() == (turn * good).tolist() and torch.equal(of.solved(puzzles.x, said), good)
     assert said.max() < len(of.letters), "marks are read as the path"
     assert sizes == [20] * turn + [20 - good.sum().item()] * (10 - turn) and passes == [6 * n for n in sizes]
+    assert asked[0] == puzzles.x[~good].tolist() and len({*map(str, asked[:8])}) == 8, "no view comes twice"
     assert len({*starts[:8]}) == 1 and len({*starts}) == (3 if task == "maze" else 1), "a grid has 8 views"
 
 
@@ -1036,12 +1036,12 @@ def test_full_disks_closed_streams_and_lost_losses(capsys, monkeypatch):
 
 # --- Several processes --------------------------------------------------------------------------------------
 WORK = """
-import copy, os, sys, torch, lrpi
-train = lrpi.train
-def spy(model, data, cfg, callback, average, resume):
+import copy, os, signal, sys, torch, lrpi
+def spy(model, data, cfg, callback, average, resume, train=lrpi.train):
     twin, rank = copy.deepcopy(model), int(os.environ["RANK"])
     torch.manual_seed(0)  # in all processes: the same puzzles and the same noise
     found = [train(twin, lrpi.make_queens(30, 5), cfg, None, average)]
+    "--resume" in sys.argv or signal.raise_signal(signal.SIGINT)
     found += [torch.manual_seed(rank) and train(model, data, cfg, callback, average, resume)]
     torch.save([[*of.state_dict().values()] for of in found], f"rank{rank}.pt")
     return found[1]
@@ -1051,15 +1051,16 @@ sys.exit(lrpi.main(sys.argv[1:]))
 
 
 def test_two_processes_share_their_weights_and_leave_one_set_of_results():
-    """With the same puzzles and noise in both, they do what one does, bit for bit."""
+    """Stopped and resumed. With the same puzzles and noise in both, they do what one does, bit for bit."""
     Path("work.py").write_text(WORK)
     run = f"{shlex.quote(sys.executable)} -m torch.distributed.run --nproc-per-node=2 --standalone work.py"
-    done = process(f"{run} {BRIEF} --examples 40 --batch-size 8 --out o", timeout=300)
+    assert process(f"{run} {BRIEF} --examples 41 --batch-size 8 --out o", timeout=300).returncode
+    done = process(f"{run} {BRIEF} --examples 41 --batch-size 8 --out o --resume", timeout=300)
     assert done.returncode == 0 and done.stdout.count("held-out puzzles solved, with") == 1, done.stderr
     assert set(contents("o")) == {"metrics.json", "model.pt"} and 40 <= read("o")["examples_seen"] < 60
     ranks = [torch.load(f"rank{k}.pt") for k in (0, 1)]
     assert all(same(a, b) for a, b in zip(*ranks, strict=True)), "ranks' weights are equal"
-    cfg = lrpi.configure(task="nqueens", size=5, width=8, ffn=8, n_sup=2, batch_size=4, examples=20)
+    cfg = lrpi.configure(task="nqueens", size=5, width=8, ffn=8, n_sup=2, batch_size=4, examples=21)
     model = torch.manual_seed(0) and lrpi.LoopedModel(cfg)
     one = torch.manual_seed(0) and lrpi.train(model, lrpi.make_queens(30, 5), cfg)
     assert [same([*one.state_dict().values()], of) for of in ranks[0]] == [True, False]
@@ -1076,8 +1077,7 @@ def test_the_file_is_short():
     sizes = [1 + text.count("\n") for text in SECTIONS]
     assert [int(text[3 : text.index("  ")]) for text in SECTIONS[1:]] == [*range(1, 11)]
     assert max(map(len, SOURCE.splitlines())) <= LINE and sum(sizes[1:7]) <= METHOD
-    functions = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
-    assert all(node.end_lineno - node.lineno < FUNCTION for node in functions)
+    assert all(f.end_lineno - f.lineno < FUNCTION for f in ast.walk(TREE) if isinstance(f, ast.FunctionDef))
     modules = {re.split("[ .]", line)[1] for line in IMPORTS}
     assert modules - sys.stdlib_module_names == {"torch", "matplotlib"} and SOURCE.count("\n") <= TOTAL
 
