@@ -1065,7 +1065,8 @@ def tokens(rows: list, task: Task, size: int, width: int) -> torch.Tensor:
 
 
 COLUMNS = (("question", "answer"), ("quizzes", "solutions"), ("puzzle", "solution"))  # of CSV files
-COMMENT = r"\s*[#;]|.*[A-PR-WYZa-wyz]{3}|[-+=|\s\u2500-\u257f]*$"  # a line of these is none of a board
+# a line of these is none of a board: remarks, words, frames
+COMMENT = r"\s*[#;]|.*[A-PR-WYZa-wyz]{3}|[-+=|(){},;\[\]\s\u2500-\u257f]*$|[-+=|*.:'\s]*--[-+=|*.:'\s]*$"
 
 
 def csv_rows(path: Path):
@@ -1097,27 +1098,38 @@ def read_csv(path: Path, cfg, split: str, count: int, seed: int) -> Puzzles:
 
 def boards(text: str, task: Task, size: int) -> list:
     """The boards in a text, each as its rows [(line number, characters), ..]. Empty lines part mazes."""
+    if not task.glyphs:  # words part mazes, too
+        text = re.sub(r"(?m)^.*[^\W\dWXxo_]{3}.*$", "", text)
     lines, found = enumerate(text.splitlines(), 1), [[]]
     if task.glyphs:  # a line holds all cells, with anything around them, or a row of them among decoration
         cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
         for n, line in lines:
-            if whole := re.search(cell * size**2, line):
+            cells = "".join(re.findall(cell, line))
+            if whole := re.search(cell * size**2, line) or re.fullmatch(cell * size**2, cells):
                 found += [[(n, row) for row in re.findall(cell * size, whole[0])], []]
             elif not re.match(COMMENT, line):
-                found[-1].append((n, "".join(re.findall(cell, line))))
-                if len(found[-1]) == size or len(found[-1][-1][1]) != size:
+                found[-1].append((n, cells))
+                if len(found[-1]) == size or len(cells) != size:
                     found.append([])
-    for full, block in itertools.groupby(lines, lambda line: line[1] > "") if not task.glyphs else ():
+    for _, block in itertools.groupby(lines, lambda line: line[1] > ""):  # what is left: mazes
         numbers, rows = zip(*block, strict=True)
-        if set(rows[0].strip()) <= set("#%X+-"):  # a rim: what is left of it is no cell
-            rows = textwrap.dedent("\n".join(rows)).split("\n")
-        wide = max(map(len, rows))  # editors cut trailing blanks; an o in a question is open
-        rows = [row.ljust(wide).replace("o", " ") for row in rows]
-        if (w := (top := rows[0].rstrip()).find("+", 1)) > 1 and not top[::w].strip("+"):  # as +---+ and |
-            pairs = [re.findall(f"(.)(.{{{w - 1}}}|$)", row[: len(top)]) for row in rows]
-            rows = ["".join(wall + (room.strip() or room)[:1] for wall, room in row) for row in pairs]
-        found += [[*zip(numbers, rows, strict=True)]] * full
+        found += [[*zip(numbers, one_a_cell(rows), strict=True)]] * any(map(str.strip, rows))
     return [rows for rows in found if rows]
+
+
+def one_a_cell(rows: list) -> list:
+    """Lines of a maze as strings of equal length, a character for each cell, also if drawn with +--+."""
+    if "+" in rows[0] or set(rows[0].strip()) <= set("#%X-") or all(row[:2] == "  " for row in rows):
+        rows = textwrap.dedent("\n".join(map(str.rstrip, rows))).split("\n")  # blanks around a rim
+    wide = max(map(len, rows))  # editors cut trailing blanks; an o in a question is open
+    rows = [row.ljust(wide).replace("o", " ") for row in rows]
+    if len(rows) > 3 and all(("+" in row) == (k % 2 == 0) for k, row in enumerate(rows)):
+        w = 1 + min(map(len, re.findall(r"(?<=\+)[^+\n]+(?=\+)", "\n".join(rows))), default=1)
+        pairs = [[(row[i], row[i + 1 : i + w]) for i in range(0, wide, w)] for row in rows]
+        rows = ["".join(wall + (room.strip() or room)[:1] for wall, room in row) for row in pairs]
+    elif re.search("[.01]", "".join(rows)) and not any(row[1::2].strip() for row in rows):
+        rows = [row[::2] for row in rows]  # a blank between every two cells
+    return rows
 
 
 def inside(x: torch.Tensor) -> torch.Tensor:
@@ -1650,7 +1662,8 @@ def compare(given: dict, interrupts: list) -> int:
 
 def solve(given: dict) -> int:
     """Solve and check the puzzles of a text. The exit code: 0; 1 if some are not solved; 2 for bad input."""
-    source = given["solve"]
+    if (source := given["solve"]) == given.get("answers"):
+        raise UserError(f"--answers {source}: must be another file than that of --solve")
     saved = sorted(Path("runs").glob(f"{given.get('task', 'maze')}-*/model.pt"), key=os.path.getmtime)
     if not (path := given.get("checkpoint", saved and str(saved[-1]))):
         raise UserError(f"--solve {source}: no model in runs/; must be trained, or named by --checkpoint")
@@ -1686,7 +1699,7 @@ def solve(given: dict) -> int:
                 for caption, now in [*frames, (words, said)]:
                     drawn = ("".join(task.letters[t] for t in row) for row in now.tolist())
                     print(f"\n{caption}", *drawn, sep="\n")
-                if cfg.out:
+                if cfg.out and cfg.figures:
                     picture = prepare_folder(cfg.out) / f"line-{line}.png"
                     write(picture, draw_frames(task, frames, words))
                     print(f"wrote {picture}")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import lrpi
 from lrpi import GOAL, OPEN, PATH, START, WALL
 
-TOTAL, METHOD, FUNCTION, LINE = 1809, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
+TOTAL, METHOD, FUNCTION, LINE = 1822, 680, 50, 110  # lines of lrpi.py, of §1 to §6, of a function; columns
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # results do not depend on the machine, and small tensors are faster
 
@@ -755,15 +755,15 @@ def test_a_comparison_writes_its_runs_continues_after_ctrl_c_and_repeats_none(ca
 SUDOKU = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLVED = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
 ROWS = [SUDOKU[i : i + 9] for i in range(0, 81, 9)]
-BANDS = ["# of today\n====\n[Puzzle]", *ROWS[:3], "---+---+---", "", *ROWS[3:6], "╠═══╪═══╣", *ROWS[6:]]
+BANDS = ["# today\n====\n[Puzzle]\n*--*", *ROWS[:3], "---+---", "", *ROWS[3:6], "╠═══╪═══╣", *ROWS[6:], "];"]
 QUEENS = "Q......." + "." * 56
 FORMATS = {  # each holds the same puzzle
     "sudoku": [f"17f3 {SUDOKU} 2.1", f"id,puzzle,solution\n1,{SUDOKU.replace('.', '0')},{'1' * 81}",
                "\n".join(["Grid 01", *ROWS]), "\n".join(" ".join(row) for row in BANDS[1:]), "\n".join(BANDS),
-               "\n".join(f"[{', '.join(row)}]," for row in ROWS), "\n".join(f"| {row} |" for row in ROWS),
+               "\n".join(f"[{', '.join(row)}]," for row in ROWS), f"[[{', '.join(SUDOKU)}]]",
                *(text.replace(".", blank) for blank in "0_*x?-" for text in (SUDOKU, "\n".join(ROWS)))],
-    "maze": ["S  \n## \n  G", "s..\n##.\n..g", "A00\n1X0\n00B", "P\n%%\n  F",
-             " #####\n #S  #\n ### #\n #  E#\n #####", " +--+--+ \n | S   |\n +--+  +\n |   G |\n +--+--+"],
+    "maze": ["S  \n## \n  G", "  s..\n  ##.\n  ..g", "A 0 0\n1 X 0\n0 0 B", "   \n\nof today:\nP\n%%\n  F",
+             " #####\n #S  #\n ### #\n #  E#\n #####", " +-----+ \n | S   |\n +--+  +\n |   G |\n +--+--+"],
     "nqueens": [QUEENS, "1" + "0" * 63, "Q . . . . . . .\n" + "........\n" * 7],
 }  # fmt: skip
 TWO = {  # a text with two puzzles; the answers, in one line, and how many cells they find
@@ -911,7 +911,7 @@ WORDS = {  # the cases above name their last option and its value; these, someth
     f"--device {'mps' if torch.cuda.is_available() else 'cuda'}": "--device",
 }  # fmt: skip
 ALONE = "eval resume, eval compare, eval solve, eval checkpoint, eval seeds, solve compare, solve resume,"
-ALONE += " solve seeds, solve data, compare resume, compare checkpoint"
+ALONE += " solve seeds, solve data, solve answers, compare resume, compare checkpoint"
 
 
 def refused(capsys, line, *words):
