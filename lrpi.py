@@ -1119,7 +1119,7 @@ def boards(text: str, task: Task, size: int) -> list:
 
 def one_a_cell(rows: list) -> list:
     """Lines of a maze as strings of equal length, a character for each cell, also if drawn with +--+."""
-    if "+" in rows[0] or set(rows[0].strip()) <= set("#%X-") or all(row[:2] == "  " for row in rows):
+    if "+" in rows[0] or set(rows[0].strip()) <= set("#%X-") or all(row[:4] == "    " for row in rows):
         rows = textwrap.dedent("\n".join(map(str.rstrip, rows))).split("\n")  # blanks around a rim
     wide = max(map(len, rows))  # editors cut trailing blanks; an o in a question is open
     rows = [row.ljust(wide).replace("o", " ") for row in rows]

@@ -762,7 +762,7 @@ FORMATS = {  # each holds the same puzzle
                "\n".join(["Grid 01", *ROWS]), "\n".join(" ".join(row) for row in BANDS[1:]), "\n".join(BANDS),
                "\n".join(f"[{', '.join(row)}]," for row in ROWS), f"[[{', '.join(SUDOKU)}]]",
                *(text.replace(".", blank) for blank in "0_*x?-" for text in (SUDOKU, "\n".join(ROWS)))],
-    "maze": ["S  \n## \n  G", "  s..\n  ##.\n  ..g", "A 0 0\n1 X 0\n0 0 B", "   \n\nof today:\nP\n%%\n  F",
+    "maze": ["S  \n## \n  G", "    s..\n    ##.\n    ..g", "A 0 0\n1 X 0\n0 0 B", "   \n\nmaze:\nP\n%%\n  F",
              " #####\n #S  #\n ### #\n #  E#\n #####", " +-----+ \n | S   |\n +--+  +\n |   G |\n +--+--+"],
     "nqueens": [QUEENS, "1" + "0" * 63, "Q . . . . . . .\n" + "........\n" * 7],
 }  # fmt: skip
