@@ -1621,9 +1621,11 @@ def report(model: LoopedModel, facts: dict, out: Path, began: float) -> None:
 def interval_of_few(values: torch.Tensor) -> torch.Tensor:
     """Means of values [A, K] with Student's 95% interval [A, 3]: mean, low, high. Of one value: no bounds."""
     mean, K, reach = values.mean(1), values.shape[1], math.inf
-    if K > 1:
-        draws = torch.randn(200_000, K, generator=torch.Generator().manual_seed(0)).double()
-        reach = (draws.mean(1) / draws.std(1)).abs().quantile(0.95) * values.std(1)
+    if K > 1:  # Student's T is sqrt(K - 1) tan(angle), and the density of the angle goes as its cos^(K - 2)
+        angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.double)
+        share = angle.cos().pow(K - 2).cumsum(0)
+        t = math.sqrt(K - 1) * angle[(share < 0.95 * share[-1]).sum()].tan()
+        reach = t / math.sqrt(K) * values.std(1)
     return torch.stack([mean, mean - reach, mean + reach], 1)
 
 
