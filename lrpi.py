@@ -1098,22 +1098,22 @@ def read_csv(path: Path, cfg, split: str, count: int, seed: int) -> Puzzles:
 
 def boards(text: str, task: Task, size: int) -> list:
     """The boards in a text, each as its rows [(line number, characters), ..]. Empty lines part mazes."""
-    if not task.glyphs:  # words part mazes, too
-        text = re.sub(r"(?m)^.*[^\W\dWXxo_]{3}.*$", "", text)
-    lines, found = enumerate(text.splitlines(), 1), [[]]
+    found = [[]]
     if task.glyphs:  # a line holds all cells, with anything around them, or a row of them among decoration
         cell = f"[{re.escape(task.letters + ''.join(map(chr, task.alias)))}]"
-        for n, line in lines:
-            cells = "".join(re.findall(cell, line))
-            if whole := re.search(cell * size**2, line) or re.fullmatch(cell * size**2, cells):
-                found += [[(n, row) for row in re.findall(cell * size, whole[0])], []]
+        for n, line in enumerate(text.splitlines(), 1):
+            cells = "".join(re.findall(cell * size**2, line)[:1] or re.findall(cell, line))
+            if len(cells) == size**2:
+                found += [[(n, row) for row in re.findall(cell * size, cells)], []]
             elif not re.match(COMMENT, line):
                 found[-1].append((n, cells))
                 if len(found[-1]) == size or len(cells) != size:
                     found.append([])
-    for _, block in itertools.groupby(lines, lambda line: line[1] > ""):  # what is left: mazes
-        numbers, rows = zip(*block, strict=True)
-        found += [[*zip(numbers, one_a_cell(rows), strict=True)]] * any(map(str.strip, rows))
+    else:  # words part mazes, too
+        lines = enumerate(re.sub(r"(?m)^.*[^\W\dWXxo_]{3}.*$", "", text).splitlines(), 1)
+        for _, block in itertools.groupby(lines, lambda line: line[1] > ""):
+            numbers, rows = zip(*block, strict=True)
+            found += [[*zip(numbers, one_a_cell(rows), strict=True)]] * any(map(str.strip, rows))
     return [rows for rows in found if rows]
 
 
@@ -1516,7 +1516,7 @@ def attempts(model: LoopedModel, x: torch.Tensor, steps, tries: int) -> tuple:
     for view in zip(*views, strict=True):
         rows = (accepted == 0).nonzero()[:, 0]
         cell, new = (t.expand(len(rows), -1) for t in view)
-        if (views[0][: len(passes)] == view[0]).all(1).any():  # seen before: start elsewhere
+        if (torch.cat(views, 1)[: len(passes)] == torch.cat(view)).all(1).any():  # seen: start elsewhere
             noise = torch.randn(2, cell.shape[1], start.shape[1], generator=generator)
             model.y0, model.z0 = (start[:, None] + model.cfg.noise * noise).to(device)
         asked = look(x[rows].flatten(1), cell, new).to(device)
